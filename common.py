@@ -1,0 +1,490 @@
+"""What the scripts share for papers: read, check, build text, split, score, save, submit. No torch here.
+
+    from common import read_papers, build_text
+    papers = read_papers("data/sample/train.csv", labelled=True)    # DataFrame: uuid, title, author, abstract, ...
+    texts = build_text(papers, ["title", "abstract"])               # list of str, one a paper
+"""
+
+import argparse
+import codecs
+import csv
+import hashlib
+import html
+import json
+import os
+import shutil
+import sys
+import unicodedata
+from contextlib import ExitStack, contextmanager
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+HERE = Path(__file__).resolve().parent
+FIELDS = ("title", "author", "abstract", "Keywords")
+REQUIRED = ("uuid", "title", "abstract")
+MAX_CELL = 2**31 - 1  # the csv module's own limit, 128 KiB, is less than an abstract that lost its closing quote
+
+
+class InputError(Exception):
+    """Wrong input or flags: shown as one line on stderr, exit code 2."""
+
+
+def log(message):
+    print(message, file=sys.stderr, flush=True)
+
+
+def run_script(main):
+    """Run `main()` and turn the faults that a user can mend into one line on stderr and an exit code."""
+    name = Path(sys.argv[0]).name
+    try:
+        main()
+    except InputError as error:
+        log(f"{name}: " + " ".join(str(error).split()))
+        sys.exit(2)
+    except OSError as error:  # disk full, no permission, ...
+        log(f"{name}: {error.filename or 'input/output'}: {error.strerror or error}")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        log(f"{name}: interrupted")
+        sys.exit(130)
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+def clean(text):
+    """Resolve HTML entities, compose characters (Unicode NFKC), make every run of white space one blank."""
+    if "&" in text:
+        text = html.unescape(text)
+    if not text.isascii():
+        text = unicodedata.normalize("NFKC", text)
+    return " ".join(text.split())
+
+
+def some(values, most=5):
+    """'3, 7, 9' or, of many, the first few and how many there are."""
+    values = [str(v)[:40] for v in values]
+    return ", ".join(values[:most]) + (f" … ({len(values)} in all)" if len(values) > most else "")
+
+
+def detect_encoding(path):
+    """The encoding of a text file: 'utf-8-sig', 'gb18030' or 'utf-16'. Raises InputError where it is no CSV text."""
+    with open(path, "rb") as file:
+        head = file.read(4096)
+    if not head.strip(b"\xef\xbb\xbf \t\r\n"):
+        raise InputError(f"{path} is empty: copy the file again")
+    if head.startswith((b"PK\x03\x04", b"\xd0\xcf\x11\xe0")):
+        raise InputError(f"{path} is an Excel workbook, whatever its name: in Excel, save it as 'CSV UTF-8'")
+    if head.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith((b"<!doctype", b"<html", b"<?xml", b"<head", b"<body")):
+        raise InputError(f"{path} is a web page, no CSV: the download went wrong (often a log-in page), fetch it again")
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "utf-16"
+
+    def fault(encoding):
+        """What keeps the file from being text in this encoding, None where nothing does."""
+        try:
+            with open(path, encoding=encoding, newline="") as file:
+                while chunk := file.read(1 << 20):
+                    if "\0" in chunk:
+                        return "it holds NUL bytes"
+        except UnicodeDecodeError as error:
+            return f"byte 0x{error.object[error.start]:02x} is no {encoding.removesuffix('-sig').upper()}"
+
+    if not (why := fault("utf-8-sig")):
+        return "utf-8-sig"
+    # Both encodings accept some bytes of the other. Beyond ASCII, GB18030 read as UTF-8 is nearly all replacement
+    # characters; UTF-8 with a few damaged bytes has few, and must not be taken for GB18030.
+    with open(path, encoding="utf-8", errors="replace", newline="") as file:
+        foreign = [c for c in file.read(1 << 24) if not c.isascii()]
+    if foreign.count("\ufffd") > 0.2 * len(foreign) and not fault("gb18030"):
+        return "gb18030"
+    raise InputError(f"{path} is damaged or in an unknown encoding ({why}): copy it again, or save it as 'CSV UTF-8'")
+
+
+def read_cells(path):
+    """The cells of a CSV file: (header, rows, row numbers as a spreadsheet shows them, where the header is row 1)."""
+    csv.field_size_limit(MAX_CELL)
+    with open(path, encoding=detect_encoding(path), newline="") as file:
+        first = file.readline()
+        delimiter = max(",;\t", key=first.count)  # a European Excel writes ';', its 'Unicode text' tabs
+        file.seek(0)
+        reader = csv.reader(file, delimiter=delimiter, strict=True)  # an open quote at the end is an error
+        number, header, rows, numbers = 0, None, [], []
+        try:
+            for number, cells in enumerate(reader, 1):
+                if not any(cells):  # a blank line; spreadsheets leave rows of bare commas at the end
+                    continue
+                if header is None:
+                    header = cells
+                    while not header[-1].strip():
+                        header.pop()
+                    continue
+                if len(cells) != len(header):
+                    if len(cells) < len(header) or any(cells[len(header) :]):
+                        raise InputError(
+                            f"{path}: row {number} has {len(cells)} cells, the header has {len(header)}: the file was "
+                            "cut off or a quote is missing there; mend the row or copy the file again"
+                        )
+                    cells = cells[: len(header)]
+                rows.append(cells)
+                numbers.append(number)
+        except csv.Error as error:
+            raise InputError(f"{path}: row {number + 1}: {error}; mend the row or copy the file again") from None
+    return header, rows, numbers
+
+
+def read_papers(path, labelled=False):
+    """Read a papers file. Returns a DataFrame in the file's row order: uuid (str, exactly as written), title, abstract
+    and, where the file has them, author and Keywords (str, cleaned), with `labelled` label (int, 0 or 1), then every
+    further column as it is. Raises InputError, naming file, column and rows, for what can't be used.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; see data/README.md for where the competition's files go")
+    header, rows, numbers = read_cells(path)
+    known = {name.casefold(): name for name in ("uuid", *FIELDS, *(["label"] if labelled else []))}
+    names = [known.get(name.strip().casefold(), name.strip()) for name in header]
+    required = [*REQUIRED, *(["label"] if labelled else [])]
+    if missing := [name for name in required if name not in names]:
+        found = some(names, 8)
+        raise InputError(f"{path}: no column {' and no column '.join(missing)}; the header (row 1) has: {found}")
+    if repeated := [name for name in dict.fromkeys(names) if name in known.values() and names.count(name) > 1]:
+        raise InputError(f"{path}: column {some(repeated)} stands in the header more than once; remove one")
+    if not rows:
+        raise InputError(f"{path} has a header but no rows: copy the file again")
+
+    columns = dict(zip(names, zip(*rows)))
+    del rows
+    seen, repeated, empty = set(), [], []
+    for number, uuid in zip(numbers, columns["uuid"]):
+        if not uuid.strip():
+            empty.append(number)
+        if uuid in seen:
+            repeated.append(f"{uuid} (row {number})")
+        seen.add(uuid)
+    if empty:
+        raise InputError(f"{path}: column uuid is empty in row {some(empty)}; every paper needs one")
+    if repeated:
+        raise InputError(f"{path}: column uuid repeats {some(repeated)}; remove the copies")
+    for name in FIELDS:
+        if name in columns:
+            columns[name] = [clean(cell) for cell in columns[name]]
+    if labelled:
+        value = {"0": 0, "1": 1, "0.0": 0, "1.0": 1}
+        columns["label"] = [value.get(cell.strip()) for cell in columns["label"]]
+        if wrong := [n for n, label in zip(numbers, columns["label"]) if label is None]:
+            raise InputError(f"{path}: column label is neither 0 nor 1 in row {some(wrong)}; mend or remove the rows")
+        check_classes(columns["label"], 1, path)
+    first = [name for name in ("uuid", *FIELDS, "label") if name in columns]
+    papers = pd.DataFrame({name: columns[name] for name in [*first, *(n for n in columns if n not in first)]})
+    return papers.astype({"label": np.int64}) if labelled else papers
+
+
+def check_classes(labels, least, where):
+    """Raise InputError unless each of the labels 0 and 1 stands `least` times in `labels`."""
+    labels = list(labels)
+    for label in (0, 1):
+        if (count := labels.count(label)) < least:
+            raise InputError(f"{where}: column label is {label} in {count} rows, want {least} or more; add papers")
+
+
+def fingerprint(papers):
+    """16 hex digits that tell whether two frames hold the same papers (uuid, text, label), in whatever order."""
+    columns = [name for name in ("uuid", *FIELDS, "label") if name in papers]
+    rows = zip(*(papers[name].astype(str) for name in columns))
+    rows = sorted(hashlib.sha256("\x1f".join(row).encode()).digest() for row in rows)
+    return hashlib.sha256(" ".join(columns).encode() + b"".join(rows)).hexdigest()[:16]
+
+
+def shared_fields(train, test, fields=FIELDS):
+    """The fields that both frames have; a line says what was left out. Raises InputError where none is left."""
+    kept = [name for name in fields if name in train and name in test]
+    if not kept:
+        raise InputError(f"--fields {' '.join(fields)}: train and test share none of these columns")
+    for name in fields:
+        if name not in kept:
+            lacking = [side for side, papers in (("train", train), ("test", test)) if name not in papers]
+            log(f"field {name} left out of train and test: the {' and the '.join(lacking)} file has no such column")
+    return kept
+
+
+def load_papers(args):
+    """Read and check args.train and args.test together. Returns (train, test, fields); says on stderr what is odd."""
+    train, test = read_papers(args.train, labelled=True), read_papers(args.test)
+    found = f"{len(train)} papers in {args.train}, {len(test)} in {args.test}"
+    texts = [set(zip(papers["title"], papers["abstract"])) - {("", "")} for papers in (train, test)]
+    if os.path.samefile(args.train, args.test) or (
+        texts[0] and texts[0] == texts[1] and set(train["uuid"]) == set(test["uuid"])
+    ):
+        raise InputError(f"{args.test} holds the same papers as {args.train}: give the test file with --test")
+    if args.limit:
+        train, test = train.head(args.limit), test.head(args.limit)
+        check_classes(train["label"], 1, f"{args.train} with --limit {args.limit}")
+        found += f"; --limit {args.limit}: only the first {len(train)} and {len(test)} of them"
+    log(found)
+    fields = shared_fields(train, test, args.fields)
+    if both := texts[0] & texts[1]:
+        uuids = [u for u, *text in zip(test["uuid"], test["title"], test["abstract"]) if tuple(text) in both]
+        log(f"warning: {len(uuids)} test papers stand in {args.train} too, uuid {some(uuids)} in {args.test}")
+    for path, papers in ((args.train, train), (args.test, test)):
+        if empty := sum(not text for text in build_text(papers, fields)):
+            log(f"warning: {empty} papers of {path} have no text in {' '.join(fields)}; they are kept")
+    return train, test, fields
+
+
+# ---- text and split --------------------------------------------------------------------------------------------------
+
+
+def build_text(papers, fields, names=False):
+    """One text a paper from the given fields, empty ones left out; the one place where text is made, for train and test
+    alike. The abstract comes last, so that whoever cuts the end of a long text cuts the abstract. With `names`, each
+    field is preceded by its name ('title: …'), for models that read.
+    """
+    order = [name for name in ("title", "author", "Keywords", "abstract") if name in fields]
+    rows = zip(*(papers[name] for name in order))
+    if names:
+        return ["\n".join(f"{name.lower()}: {cell}" for name, cell in zip(order, row) if cell) for row in rows]
+    return ["\n".join(cell for cell in row if cell) for row in rows]
+
+
+def draw_ranks(papers, seed):
+    """For each paper its place in a random order of its own class. The order is drawn from seed and uuid alone, so it
+    depends neither on the order of the rows nor on the library's version. Returns int array [papers].
+    """
+    keys = [hashlib.sha256(f"{seed} {uuid}".encode()).digest() for uuid in papers["uuid"]]
+    ranks, taken = np.zeros(len(papers), dtype=int), {0: 0, 1: 0}
+    labels = papers["label"].to_numpy()
+    for i in sorted(range(len(papers)), key=keys.__getitem__):
+        ranks[i] = taken[labels[i]]
+        taken[labels[i]] += 1
+    return ranks
+
+
+def split_papers(papers, valid_ratio=0.1, seed=42):
+    """The common split. Returns bool array [papers], True = held out: of each class `valid_ratio`, at least one."""
+    check_classes(papers["label"], 2, "train, to hold some out")
+    counts = papers["label"].map(papers["label"].value_counts()).to_numpy()
+    return draw_ranks(papers, seed) < np.clip(np.round(counts * valid_ratio), 1, counts - 1)
+
+
+def fold_numbers(papers, folds=5, seed=42):
+    """Stratified folds. Returns int array [papers], the fold (0 … folds - 1) in which a paper is held out."""
+    check_classes(papers["label"], folds, f"train, for --folds {folds}")
+    # Class 1 counts backwards: where no class divides evenly, the surplus doesn't pile up in the first folds.
+    ranks = draw_ranks(papers, seed) % folds
+    return np.where(papers["label"] == 1, folds - 1 - ranks, ranks)
+
+
+# ---- scores and files ------------------------------------------------------------------------------------------------
+
+
+def scores(labels, probs):
+    """accuracy, precision, recall, f1 (class 1, threshold 0.5), auc and log_loss (nats) of P(label = 1)."""
+    from sklearn import metrics  # a second to import: scripts that only show --help do without
+
+    labels, probs = np.asarray(labels), np.asarray(probs, dtype=float)
+    guess = (probs >= 0.5).astype(int)
+    precision, recall, f1, _ = metrics.precision_recall_fscore_support(labels, guess, average="binary", zero_division=0)
+    both = 0 < labels.sum() < len(labels)
+    values = {
+        "accuracy": np.mean(guess == labels),
+        "precision": precision,
+        "recall": recall,
+        "f1": f1,
+        "auc": metrics.roc_auc_score(labels, probs) if both else np.nan,
+        "log_loss": metrics.log_loss(labels, np.clip(probs, 1e-7, 1 - 1e-7), labels=[0, 1]),
+    }
+    return {name: None if np.isnan(value) else round(float(value), 6) for name, value in values.items()}
+
+
+def score_table(rows):
+    """Text of a table: `rows` is a list of (name, scores, note)."""
+    names = ("accuracy", "precision", "recall", "f1", "auc", "log_loss")
+    width = max(len("model"), *(len(name) for name, _, _ in rows))
+    lines = [f"{'model':<{width}}  " + "  ".join(f"{name:>9}" for name in names) + "  papers, fields"]
+    for name, values, note in rows:
+        cells = "  ".join("        –" if values[n] is None else f"{values[n]:9.4f}" for n in names)
+        lines.append(f"{name:<{width}}  {cells}  {note}")
+    return "\n".join(lines)
+
+
+@contextmanager
+def replacing(path):
+    """Yield a path beside `path` to write a file or a folder to. When the block ends well it takes the place of `path`;
+    when it doesn't, it is removed and whatever stood at `path` stays as it was.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield beside
+        if beside.is_dir() and path.is_dir():
+            old = path.with_name(f".{path.name}.{os.getpid()}.old")
+            path.rename(old)
+            beside.rename(path)
+            shutil.rmtree(old)
+        else:
+            if beside.is_file():
+                with open(beside, "rb") as file:
+                    os.fsync(file.fileno())
+            os.replace(beside, path)
+    finally:
+        shutil.rmtree(beside) if beside.is_dir() else beside.unlink(missing_ok=True)
+
+
+def write_csv(path, columns):
+    """Write a dict of columns as CSV (UTF-8, LF)."""
+    with replacing(path) as part:
+        pd.DataFrame(columns).to_csv(part, index=False, encoding="utf-8", lineterminator="\n")
+
+
+def write_json(path, value):
+    with replacing(path) as part:
+        part.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+
+def save_predictions(path, uuids, probs, labels=None):
+    """Write uuid, (label,) prob. Raises ValueError where the probabilities are not one number in [0, 1] a paper."""
+    probs = np.asarray(probs, dtype=float)
+    if probs.shape != (len(uuids),) or not np.all((probs >= 0) & (probs <= 1)):
+        raise ValueError(f"{path}: want {len(uuids)} probabilities in [0, 1], got shape {probs.shape}")
+    columns = {"uuid": list(uuids), **({} if labels is None else {"label": list(labels)}), "prob": probs}
+    write_csv(path, columns)
+
+
+def save_results(folder, train, test, held_out, valid_probs, test_probs, metrics):
+    """Write valid.csv, test.csv and metrics.json, all three or none. `held_out`: bool array [train papers]."""
+    folder, held = Path(folder), train[held_out]
+    with ExitStack() as stack:  # left in reverse order: metrics.json is renamed last
+        metrics_part, valid_part, test_part = (
+            stack.enter_context(replacing(folder / name)) for name in ("metrics.json", "valid.csv", "test.csv")
+        )
+        save_predictions(valid_part, held["uuid"], valid_probs, held["label"])
+        save_predictions(test_part, test["uuid"], test_probs)
+        write_json(metrics_part, metrics)
+
+
+def read_predictions(path):
+    """Read what save_predictions wrote. Returns a DataFrame with uuid (str), (label: int,) prob (float)."""
+    try:
+        frame = pd.read_csv(path, dtype={"uuid": str, "prob": float}, keep_default_na=False)
+        return frame[["uuid", *(["label"] if "label" in frame else []), "prob"]]
+    except (ValueError, KeyError) as error:
+        raise InputError(f"{path} is damaged ({error}): run the script that writes it again") from None
+
+
+def pick_keywords(test, out_dir):
+    """(source, keywords): a list of str, one a test paper, from the test file, else from extract_keywords.py's
+    outputs/keywords/ where that is of these very papers, else the titles. Single empty cells take the title.
+    """
+    source, keywords = "the titles", test["title"]
+    extracted = Path(out_dir) / "keywords" / "test.csv"
+    if "Keywords" in test:
+        source, keywords = "the test file", test["Keywords"]
+    elif extracted.is_file():
+        frame = pd.read_csv(extracted, dtype=str, keep_default_na=False)
+        if read_metrics(extracted.parent).get("papers", {}).get("test_fingerprint") == fingerprint(test):
+            source, keywords = str(extracted), frame.set_index("uuid")["Keywords"].loc[test["uuid"]]
+        else:
+            log(f"warning: {extracted} is of other test papers, not used: run extract_keywords.py again")
+    return source, [cell or title for cell, title in zip(keywords, test["title"])]
+
+
+def write_submission(path, test, labels, out_dir):
+    """Write uuid, Keywords, label in the order of the test file. `labels`: 0/1, one a paper."""
+    source, keywords = pick_keywords(test, out_dir)
+    labels = np.asarray(labels).astype(int)
+    if labels.shape != (len(test),) or not np.isin(labels, (0, 1)).all():
+        raise ValueError(f"{path}: want {len(test)} labels of 0 or 1")
+    write_csv(path, {"uuid": test["uuid"].tolist(), "Keywords": keywords, "label": labels})
+    log(f"wrote {path}: {len(test)} papers, {labels.sum()} with label 1, Keywords from {source}")
+
+
+def read_metrics(folder):
+    """The content of folder/metrics.json, {} where there is none."""
+    path = Path(folder) / "metrics.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError:
+        raise InputError(f"{path} is damaged: run the script that writes it again") from None
+
+
+def paper_record(train, test, held_out):
+    """What metrics.json says of the papers: counts, and fingerprints by which blend.py knows them again."""
+    return {
+        "train": len(train),
+        "held_out": int(held_out),
+        "test": len(test),
+        "train_fingerprint": fingerprint(train),
+        "test_fingerprint": fingerprint(test),
+    }
+
+
+def package_versions():
+    """Versions of Python and of those of the kit's packages that are in use."""
+    names = {"numpy": "numpy", "pandas": "pandas", "sklearn": "scikit-learn", "torch": "torch"}
+    names |= {name: name for name in ("transformers", "peft", "accelerate")}
+    used = {package: version(package) for module, package in names.items() if module in sys.modules}
+    return {"python": sys.version.split()[0], **used}
+
+
+def peak_memory_mb():
+    """The most main memory this process has held, in MiB; None where the system doesn't tell (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)
+
+
+# ---- flags -----------------------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        log(f"{self.prog}: {message} (see --help)")
+        sys.exit(2)
+
+
+def whole(text):
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
+    return int(text)
+
+
+def share(text):
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number between 0 and 1")
+    return value
+
+
+def data_dir():
+    """$DATA_DIR, else the kit's data/ when it holds train.csv, else data/sample."""
+    if os.environ.get("DATA_DIR"):
+        return Path(os.environ["DATA_DIR"])
+    return HERE / "data" if (HERE / "data" / "train.csv").is_file() else HERE / "data" / "sample"
+
+
+def arg_parser(doc):
+    """An ArgumentParser with the flags that every script shares."""
+    parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    group = parser.add_argument_group("papers and output")
+    add = group.add_argument
+    add("--train", type=Path, default=data_dir() / "train.csv", metavar="FILE", help="default: %(default)s")
+    add("--test", type=Path, default=data_dir() / "test.csv", metavar="FILE", help="default: %(default)s")
+    out_dir = Path(os.environ.get("OUT_DIR") or HERE / "outputs")
+    add("--out-dir", type=Path, default=out_dir, metavar="DIR", help="default: %(default)s")
+    fields = "what the models read, less what either file lacks; default: " + " ".join(FIELDS)
+    add("--fields", nargs="+", choices=FIELDS, default=list(FIELDS), metavar="F", help=fields)
+    add("--valid-ratio", type=share, default=0.1, metavar="R", help="held-out share of train, default %(default)s")
+    add("--seed", type=int, default=42, help="default %(default)s")
+    add("--limit", type=whole, metavar="N", help="only the first N papers of train and of test, for a quick look")
+    return parser

