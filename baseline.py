@@ -206,7 +206,7 @@ def main():
         "versions": common.package_versions(),
         "device": "cpu",
     }
-    common.save_results(folder, train, test, np.ones(len(train), bool), probs, test_probs, metrics)
+    common.save_results(folder, test, test_probs, metrics, train, probs)
     common.write_submission(folder / "submit_task1.csv", test, test_probs >= 0.5, args.out_dir)
     print(common.score_table(table))
     if len(results) > 1:

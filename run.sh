@@ -8,6 +8,7 @@ bash run.sh STAGE ...    these stages only
 
   setup       make .venv and install the requirements (done first by every other stage, when they changed)
   baseline    word counts and a linear model            -> outputs/baseline/
+  bert        an encoder, fine-tuned                    -> outputs/bert/
   blend       every model's predictions                 -> submit_task1.csv
   test        the kit's own tests
 
@@ -15,6 +16,8 @@ Settings, as environment variables:
   DATA_DIR    folder with train.csv and test.csv        (data/ if it holds train.csv, else data/sample)
   OUT_DIR     folder for what the models write          (outputs/ beside this script)
   SEED        seed of the split and of the training     (42)
+  BERT_MODEL  hub name or directory of the encoder      (bert-base-uncased with CUDA, else the embedded MiniLM)
+  RESUME      1: go on with trainings that were killed  (0)
   PYTHON      interpreter to make .venv with, 3.11 or newer   (python3)
 
 For example:  DATA_DIR=~/papers SEED=7 bash run.sh baseline blend
@@ -23,7 +26,7 @@ HELP
 
 kit=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 venv="$kit/.venv"
-stages="baseline blend"
+stages="baseline bert blend"
 
 say() { printf '\n== %s\n' "$*" >&2; }
 
@@ -64,11 +67,28 @@ run() {
     "$venv/bin/python" "$kit/$script" --seed "${SEED:-42}" "$@"
 }
 
+# The same on every GPU there is.
+run_on_gpus() {
+    local gpus script=$1
+    gpus=$("$venv/bin/python" -c 'import torch; print(torch.cuda.device_count())')
+    if [ "$gpus" -lt 2 ]; then
+        run "$@"
+        return
+    fi
+    say "$* on $gpus GPUs"
+    shift
+    "$venv/bin/python" -m accelerate.commands.launch --multi_gpu --num_processes "$gpus" --num_machines 1 \
+        --mixed_precision no --dynamo_backend no "$kit/$script" --seed "${SEED:-42}" "$@"
+}
+
+resume=""
+[ "${RESUME:-0}" = 0 ] || resume="--resume"
+
 if [ "$#" -gt 0 ]; then
     stages="$*"
 fi
 for stage in $stages; do
-    case " setup baseline blend test -h --help " in
+    case " setup baseline bert blend test -h --help " in
     *" $stage "*) ;;
     *) die "no stage '$stage': bash run.sh --help lists them" ;;
     esac
@@ -88,9 +108,11 @@ fi
 
 install requirements.txt requirements-models.txt
 for stage in $stages; do
+    # shellcheck disable=SC2086
     case $stage in
     setup) say "$("$venv/bin/python" --version) in $venv is ready" ;;
     baseline) run baseline.py ;;
+    bert) run_on_gpus bert_finetune.py --model "${BERT_MODEL:-auto}" $resume ;;
     blend) run blend.py ;;
     test)
         install requirements-dev.txt

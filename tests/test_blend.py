@@ -26,7 +26,7 @@ def model(tmp_path, papers):
         held_out = np.ones(len(train), bool) if held_out is None else held_out
         guess = [np.clip(y + noise * random.normal(size=len(y)), 0, 1) for y in (train["label"][held_out], answers)]
         metrics = {"papers": common.paper_record(train, test, held_out.sum()), "fields": ["title"]}
-        common.save_results(tmp_path / "outputs" / name, train, test, held_out, *guess, metrics)
+        common.save_results(tmp_path / "outputs" / name, test, guess[1], metrics, train[held_out], guess[0])
 
     return write
 
