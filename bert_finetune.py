@@ -106,7 +106,7 @@ def make_functions(tokenizer, device):
 
 def default_lr(model):
     """The highest learning rate that suits the size: 3e-5 is the tutorial's for BERT-base, small encoders want more."""
-    return 3e-5 if model.config.hidden_size >= 768 else 2e-4
+    return 3e-5 if model.config.hidden_size >= 768 else 3e-4
 
 
 def train_fold(accelerator, args, folder, train, held_out, fields, record):

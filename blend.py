@@ -17,7 +17,7 @@ from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import cross_val_predict
 
 import common
-from common import InputError, log, run_script, scores
+from common import InputError, run_script, scores
 
 PLAINEST = ("baseline", "bert", "lora")  # a model of another name comes after these
 
@@ -102,21 +102,6 @@ def advice(auc):
     )
 
 
-def read_test_labels(path, test):
-    """Labels of the test papers (int array in the order of test), None where the file is not there."""
-    if not path.is_file():
-        return None
-    header, rows, _ = common.read_cells(path)
-    names = [name.strip().casefold() for name in header]
-    if "uuid" not in names or "label" not in names:
-        raise InputError(f"{path}: no column uuid or label; mend it or move it away")
-    labels = {row[names.index("uuid")]: row[names.index("label")].strip() for row in rows}
-    if any(labels.get(uuid) not in ("0", "1") for uuid in test["uuid"]):
-        log(f"{path} doesn't label all test papers, no test scores")
-        return None
-    return np.array([int(labels[uuid]) for uuid in test["uuid"]])
-
-
 def parse_args():
     parser = common.arg_parser(__doc__)
     parser.add_argument("--submit", default="submit_task1.csv", metavar="FILE", help="default %(default)s")
@@ -142,7 +127,7 @@ def main():
 
     table = [(name, scores(labels, probs), note(m)) for (name, _, _, m), probs in zip(models, held)]
     table.append(("blend", scores(labels, weights @ held), f"{len(labels)} held out"))
-    answers = read_test_labels(args.test.parent / "test_labels.csv", test)
+    answers = common.read_test_labels(args.test.parent / "test_labels.csv", test)
     if answers is not None:
         table += [(f"{n}, test", scores(answers, p), f"{len(test)} test papers") for n, p in zip(names, tested)]
         table.append(("blend, test", scores(answers, weights @ tested), f"{len(test)} test papers"))

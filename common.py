@@ -1,8 +1,8 @@
 """What the scripts share for papers: read, check, build text, split, score, save, submit. No torch here.
 
-    from common import read_papers, build_text
-    papers = read_papers("data/sample/train.csv", labelled=True)    # DataFrame: uuid, title, author, abstract, ...
-    texts = build_text(papers, ["title", "abstract"])               # list of str, one a paper
+from common import read_papers, build_text
+papers = read_papers("data/sample/train.csv", labelled=True)    # DataFrame: uuid, title, author, abstract, ...
+texts = build_text(papers, ["title", "abstract"])               # list of str, one a paper
 """
 
 import argparse
@@ -203,6 +203,11 @@ def fingerprint(papers):
     return hashlib.sha256(" ".join(columns).encode() + b"".join(rows)).hexdigest()[:16]
 
 
+def digest(value):
+    """16 hex digits that tell whether two JSON values are the same."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def shared_fields(train, test, fields=FIELDS):
     """The fields that both frames have; a line says what was left out. Raises InputError where none is left."""
     kept = [name for name in fields if name in train and name in test]
@@ -229,7 +234,7 @@ def load_papers(args):
         check_classes(train["label"], 1, f"{args.train} with --limit {args.limit}")
         found += f"; --limit {args.limit}: only the first {len(train)} and {len(test)} of them"
     log(found)
-    fields = shared_fields(train, test, args.fields)
+    fields = shared_fields(train, test, args.fields or FIELDS)
     if both := texts[0] & texts[1]:
         uuids = [u for u, *text in zip(test["uuid"], test["title"], test["abstract"]) if tuple(text) in both]
         log(f"warning: {len(uuids)} test papers stand in {args.train} too, uuid {some(uuids)} in {args.test}")
@@ -263,6 +268,19 @@ def build_text(papers, fields, names=False):
     if names:
         return ["\n".join(f"{name.lower()}: {cell}" for name, cell in zip(order, row) if cell) for row in rows]
     return ["\n".join(cell for cell in row if cell) for row in rows]
+
+
+def build_items(papers, fields):
+    """Each paper as a dict of the alpaca form: instruction, input (its text, with the names of the fields) and output
+    ("1", "0", or "" where there is no label); the one place where what an LLM is asked is written down.
+    """
+    names = {"title": "title", "author": "authors", "Keywords": "keywords", "abstract": "abstract"}
+    given = [names[name] for name in names if name in fields]
+    listed = " and ".join([", ".join(given[:-1]), given[-1]] if len(given) > 1 else given)
+    instruction = f"Please judge whether it is a medical field paper, from its {listed}. Output 1 if it is, else 0."
+    labels = papers["label"].astype(str) if "label" in papers else [""] * len(papers)
+    texts = build_text(papers, fields, names=True)
+    return [{"instruction": instruction, "input": text, "output": label} for text, label in zip(texts, labels)]
 
 
 def draw_ranks(papers, seed):
@@ -382,6 +400,27 @@ def save_results(folder, test, test_probs, metrics, held_out=None, valid_probs=N
         write_json(metrics_part, metrics)
 
 
+def read_test_labels(path, test):
+    """Labels of the test papers (int array in the order of test), None where the file is not there."""
+    if not path.is_file():
+        return None
+    header, rows, _ = read_cells(path)
+    names = [name.strip().casefold() for name in header]
+    if "uuid" not in names or "label" not in names:
+        raise InputError(f"{path}: no column uuid or label; mend it or move it away")
+    labels = {row[names.index("uuid")]: row[names.index("label")].strip() for row in rows}
+    if any(labels.get(uuid) not in ("0", "1") for uuid in test["uuid"]):
+        log(f"{path} doesn't label all test papers, no test scores")
+        return None
+    return np.array([int(labels[uuid]) for uuid in test["uuid"]])
+
+
+def differences(old, new):
+    """What differs between two dicts of settings, in words."""
+    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    return ", ".join(f"{name} was {old.get(name)} and is {new.get(name)}" for name in sorted(names))
+
+
 def read_predictions(path):
     """Read what save_predictions wrote. Returns a DataFrame with uuid (str), (label: int,) prob (float)."""
     try:
@@ -418,13 +457,17 @@ def write_submission(path, test, labels, out_dir):
     log(f"wrote {path}: {len(test)} papers, {labels.sum()} with label 1, Keywords from {source}")
 
 
-def read_metrics(folder):
-    """The content of folder/metrics.json, {} where there is none."""
-    path = Path(folder) / "metrics.json"
+def read_json(path):
+    """The content of a JSON file, {} where there is none."""
     try:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError:
         raise InputError(f"{path} is damaged: run the script that writes it again") from None
+
+
+def read_metrics(folder):
+    """The content of folder/metrics.json, {} where there is none."""
+    return read_json(Path(folder) / "metrics.json")
 
 
 def paper_record(train, test, held_out):
@@ -538,7 +581,7 @@ def arg_parser(doc):
     out_dir = Path(os.environ.get("OUT_DIR") or HERE / "outputs")
     add("--out-dir", type=Path, default=out_dir, metavar="DIR", help="default: %(default)s")
     fields = "what the models read, less what either file lacks; default: " + " ".join(FIELDS)
-    add("--fields", nargs="+", choices=FIELDS, default=list(FIELDS), metavar="F", help=fields)
+    add("--fields", nargs="+", choices=FIELDS, metavar="F", help=fields)
     add("--valid-ratio", type=share, default=0.1, metavar="R", help="held-out share of train, default %(default)s")
     add("--seed", type=int, default=42, help="default %(default)s")
     add("--limit", type=whole, metavar="N", help="only the first N papers of train and of test, for a quick look")

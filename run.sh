@@ -9,6 +9,10 @@ bash run.sh STAGE ...    these stages only
   setup       make .venv and install the requirements (done first by every other stage, when they changed)
   baseline    word counts and a linear model            -> outputs/baseline/
   bert        an encoder, fine-tuned                    -> outputs/bert/
+  llm-data    instruction data for an LLM               -> outputs/paper_label.json
+  lora        an adapter of an LLM, trained on it       -> outputs/lora/best/
+  lora-predict  probabilities from LLM and adapter      -> outputs/lora/
+  keywords    task 2: keywords for the test papers      -> outputs/keywords/, submit_task2.csv
   blend       every model's predictions                 -> submit_task1.csv
   test        the kit's own tests
 
@@ -17,6 +21,8 @@ Settings, as environment variables:
   OUT_DIR     folder for what the models write          (outputs/ beside this script)
   SEED        seed of the split and of the training     (42)
   BERT_MODEL  hub name or directory of the encoder      (bert-base-uncased with CUDA, else the embedded MiniLM)
+  LLM_MODEL   hub name or directory of the LLM; a published ChatGLM2 directory is converted first
+              (Qwen3-4B-Instruct with CUDA, else the embedded SmolLM2-135M)
   RESUME      1: go on with trainings that were killed  (0)
   PYTHON      interpreter to make .venv with, 3.11 or newer   (python3)
 
@@ -26,7 +32,7 @@ HELP
 
 kit=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 venv="$kit/.venv"
-stages="baseline bert blend"
+stages="baseline bert llm-data lora lora-predict keywords blend"
 
 say() { printf '\n== %s\n' "$*" >&2; }
 
@@ -81,6 +87,17 @@ run_on_gpus() {
         --mixed_precision no --dynamo_backend no "$kit/$script" --seed "${SEED:-42}" "$@"
 }
 
+# Set llm to the model to use: LLM_MODEL, of a published ChatGLM2 directory its conversion, made once.
+convert_llm() {
+    local name
+    llm=${LLM_MODEL:-auto}
+    if [ -f "$llm/config.json" ] && grep -q '"model_type": *"chatglm"' "$llm/config.json"; then
+        name=$(cd "$llm" && pwd)
+        llm="$kit/.cache/$(basename "$name")-$(printf %s "$name" | cksum | cut -d ' ' -f 1)"
+        [ -d "$llm" ] || { say "converting $name"; "$venv/bin/python" "$kit/convert_chatglm2.py" "$name" "$llm"; }
+    fi
+}
+
 resume=""
 [ "${RESUME:-0}" = 0 ] || resume="--resume"
 
@@ -88,7 +105,7 @@ if [ "$#" -gt 0 ]; then
     stages="$*"
 fi
 for stage in $stages; do
-    case " setup baseline bert blend test -h --help " in
+    case " setup baseline bert llm-data lora lora-predict keywords blend test -h --help " in
     *" $stage "*) ;;
     *) die "no stage '$stage': bash run.sh --help lists them" ;;
     esac
@@ -113,6 +130,13 @@ for stage in $stages; do
     setup) say "$("$venv/bin/python" --version) in $venv is ready" ;;
     baseline) run baseline.py ;;
     bert) run_on_gpus bert_finetune.py --model "${BERT_MODEL:-auto}" $resume ;;
+    llm-data) run make_llm_data.py ;;
+    lora)
+        convert_llm
+        run_on_gpus lora_finetune.py --model "$llm" $resume
+        ;;
+    lora-predict) run_on_gpus lora_predict.py ;;
+    keywords) run extract_keywords.py ;;
     blend) run blend.py ;;
     test)
         install requirements-dev.txt

@@ -14,6 +14,7 @@ import math
 import shutil
 import sys
 import time
+import warnings
 from contextlib import contextmanager, nullcontext
 
 import numpy as np
@@ -27,6 +28,7 @@ from tqdm import tqdm
 import common
 from common import InputError, log, replacing, whole
 
+warnings.filterwarnings("ignore", category=FutureWarning)
 transformers.logging.set_verbosity_error()  # what matters of it is said by the kit, in a line
 transformers.logging.disable_progress_bar()
 
@@ -157,12 +159,6 @@ def load_state(path, model, optimizer):
                         optimizer.state[weight][key] = file.get_tensor(f"{key}/{name}").to(weight.device)
 
 
-def differences(old, new):
-    """What differs between two dicts of settings, in words."""
-    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
-    return ", ".join(f"{name} was {old.get(name)} and is {new.get(name)}" for name in sorted(names))
-
-
 def scaler_state(accelerator):
     return accelerator.scaler.state_dict() if accelerator.scaler else None
 
@@ -205,7 +201,7 @@ def fit(accelerator, model, train, held_out, losses, probs, save_best, folder, a
         state = {"settings": settings, "epoch": 0, "batch": 0, "loss": 0.0, "seconds": 0.0, "papers": 0, "history": []}
         state |= {"scaler": None, "finished": False}
     elif state["settings"] != settings:
-        changed = differences(state["settings"], settings)
+        changed = common.differences(state["settings"], settings)
         raise InputError(f"--resume: {folder} holds a run with other settings or papers: {changed}; give the old ones")
     else:
         load_state(last, model, optimizer)
@@ -291,14 +287,19 @@ def fit(accelerator, model, train, held_out, losses, probs, save_best, folder, a
     return {key: state[key] for key in ("history", "seconds", "papers")}
 
 
-def predict(accelerator, model, papers, probs, batch_size):
+def predict(accelerator, model, papers, probs, batch_size, done=None, keep=None):
     """P(label = 1) of every paper, in their order: float array [papers]. Each paper is scored once, by one process.
-    Where memory runs out the batch is halved.
+    Where memory runs out the batch is halved. `done`: {place of a paper: probability} of an earlier run, not scored
+    again; `keep(batch, probabilities)` is called after each batch.
     """
     model.eval()
     found = torch.zeros(2, len(papers), device=accelerator.device)  # probabilities, and how often each was scored
     batches = length_batches([len(paper["input_ids"]) for paper in papers], batch_size)
     todo = batches[accelerator.process_index :: accelerator.num_processes]
+    for batch in todo if done else []:
+        if known := [i for i in batch if i in done]:
+            found[0, known], found[1, known] = found.new_tensor([done[i] for i in known]), 1.0
+    todo = [rest for batch in todo if len(rest := batch[[i not in (done or {}) for i in batch]])]
     bar = progress(accelerator, sum(map(len, todo)), "predict")
     while todo:
         batch, failed = todo[0], False
@@ -316,6 +317,8 @@ def predict(accelerator, model, papers, probs, batch_size):
             todo = [rest[i : i + half] for rest in todo for i in range(0, len(rest), half)]
         else:
             found[1, batch] += 1
+            if keep:
+                keep(batch, found[0, batch].tolist())
             bar.update(len(batch))
             todo.pop(0)
     bar.close()

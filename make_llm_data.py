@@ -1,0 +1,38 @@
+"""Instruction data from train.csv, in the alpaca form that most trainers of LLMs read as it is.
+
+    python make_llm_data.py                            outputs/paper_label.json and its kin
+    python make_llm_data.py --fields title abstract    without the authors
+
+In: train.csv, test.csv. Out, under outputs/: paper_label.json (the training part of the common split),
+paper_label_valid.json (the held-out part), paper_label_test.json (output empty), each a list of {"instruction",
+"input", "output"}; dataset_info.json, by which LLaMA-Factory finds them; paper_label_source.json, by which
+lora_finetune.py knows what papers they are of.
+"""
+
+import common
+from common import log, run_script, write_json
+
+
+def dataset_info(names):
+    """What LLaMA-Factory's dataset_info.json holds of files in the alpaca form."""
+    columns = {"prompt": "instruction", "query": "input", "response": "output"}
+    return {name: {"file_name": f"{name}.json", "formatting": "alpaca", "columns": columns} for name in names}
+
+
+def main():
+    args = common.arg_parser(__doc__).parse_args()
+    train, test, fields = common.load_papers(args)
+    held_out = common.split_papers(train, args.valid_ratio, args.seed)
+    parts = {"paper_label": train[~held_out], "paper_label_valid": train[held_out], "paper_label_test": test}
+    for name, papers in parts.items():
+        write_json(args.out_dir / f"{name}.json", common.build_items(papers, fields))
+    write_json(args.out_dir / "dataset_info.json", dataset_info(parts))
+    source = {"fields": fields, "seed": args.seed, "valid_ratio": args.valid_ratio}
+    source |= {"train": common.fingerprint(train)}
+    write_json(args.out_dir / "paper_label_source.json", source)
+    counts = ", ".join(f"{len(papers)} in {name}.json" for name, papers in parts.items())
+    log(f"wrote to {args.out_dir}: {counts}, with {' '.join(fields)}")
+
+
+if __name__ == "__main__":
+    run_script(main)
