@@ -185,12 +185,8 @@ def parse_args():
     return args
 
 
-def main():
-    args = parse_args()
-    accelerator = training.make_accelerator(args.precision)
-    folder = args.out_dir / args.name
-    if args.predict_only:
-        return predict_only(accelerator, args, folder)
+def train_and_predict(accelerator, args, folder):
+    """Train on the common split or on the folds, score held-out and test papers, write the folder's files."""
     train, test, fields = common.load_papers(args)
     record = common.paper_record(train, test, 0)
     if args.folds:
@@ -227,6 +223,14 @@ def main():
     common.save_results(folder, test, test_probs, metrics, train[held_out], probs[held_out])
     common.write_submission(folder / "submit_task1.csv", test, test_probs >= 0.5, args.out_dir)
     print(common.score_table([(args.name, values, f"{held_out.sum()} held out, {' '.join(fields)}")]))
+
+
+def main():
+    args = parse_args()
+    accelerator = training.make_accelerator(args.precision)
+    folder = args.out_dir / args.name
+    with common.locked(folder, accelerator.is_main_process):
+        (predict_only if args.predict_only else train_and_predict)(accelerator, args, folder)
 
 
 if __name__ == "__main__":

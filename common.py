@@ -16,13 +16,18 @@ import shutil
 import sys
 import time
 import unicodedata
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 HERE = Path(__file__).resolve().parent
 FIELDS = ("title", "author", "abstract", "Keywords")
@@ -366,6 +371,37 @@ def replacing(path):
             os.replace(beside, path)
     finally:
         shutil.rmtree(beside) if beside.is_dir() else beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(folder, wanted=True):
+    """Keep a second run out of a model's folder. The system drops the lock with the process, however that ends."""
+    if not wanted or fcntl is None:
+        yield
+        return
+    new = [place for place in (folder, *folder.parents) if not place.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise InputError(
+                f"{folder} is in use by process {file.read().strip()}: wait for it, or give another --out-dir"
+            ) from None
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        for left in [*folder.glob(".*.part"), *folder.glob(".*.old")]:  # by a run that was killed while writing
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        try:
+            yield
+        finally:
+            if os.listdir(folder) == [".lock"]:  # refused before anything was written
+                os.unlink(file.name)
+                with suppress(OSError):  # others have written there meanwhile
+                    for place in new:
+                        place.rmdir()
 
 
 def write_csv(path, columns):

@@ -99,9 +99,8 @@ def parse_args():
     return parser.parse_args()
 
 
-def main():
-    args = parse_args()
-    accelerator = training.make_accelerator(args.precision)
+def train_adapter(accelerator, args, folder):
+    """Train on paper_label.json, and leave adapter and record in folder."""
     train, _, fields = common.load_papers(args)
     source = {"fields": fields, "seed": args.seed, "valid_ratio": args.valid_ratio}
     source |= {"train": common.fingerprint(train)}
@@ -125,7 +124,6 @@ def main():
         "settings": settings,
         "train": source["train"],
     }
-    folder = args.out_dir / args.name
 
     def save_best(scorer):
         with replacing(folder / "best") as part:
@@ -156,6 +154,14 @@ def main():
         }
         write_json(folder / "training.json", summary)
         log(f"wrote {folder / 'best'}; next: lora_predict.py")
+
+
+def main():
+    args = parse_args()
+    accelerator = training.make_accelerator(args.precision)
+    folder = args.out_dir / args.name
+    with common.locked(folder, accelerator.is_main_process):
+        train_adapter(accelerator, args, folder)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import hashlib
 import time
 from pathlib import Path
 
+import numpy as np
 from peft import PeftModel
 
 import common
@@ -95,44 +96,42 @@ def parse_args():
     return parser.parse_args()
 
 
-def main():
-    args = parse_args()
-    accelerator = training.make_accelerator(args.precision)
-    untrained = args.adapter == "none"
-    folder = args.out_dir / (args.name or ("untrained" if untrained else "lora"))
-    adapter = None if untrained else Path(args.adapter or folder / "best")
-    kit = {"model": llm.find_model(args.model or "auto")} if untrained else read_kit(adapter)
-    before = common.read_metrics(folder)
+def choose_papers(args, kit, adapter):
+    """(train or None, held-out papers or None, test papers, fields). Raises InputError where they are not those that
+    the adapter was trained with. `kit`: of an adapter what lora_finetune.py wrote, of an untrained model no fields.
+    """
     if args.predict_only:
-        fields = kit.get("fields") or args.fields or before.get("fields") or ["title", "abstract"]
-        train, test = None, common.load_test(args, fields)
+        fields = kit.get("fields") or args.fields or list(common.REQUIRED[1:])
+        train, test, asked = None, common.load_test(args, fields), args.fields or fields
     else:
         train, test, fields = common.load_papers(args)
-    asked = fields if not args.predict_only else args.fields or fields
-    if not untrained and set(asked) != set(kit["fields"]):
+        asked = fields
+    if adapter and set(asked) != set(kit["fields"]):
         want = " ".join(kit["fields"])
         raise InputError(f"--fields {' '.join(asked)}: {adapter} was trained on {want}: give --fields {want}")
-    settings = kit.get("settings", {"seed": args.seed, "valid_ratio": args.valid_ratio})
     if train is None:
-        held = None
-    else:
-        if not untrained and kit["train"] != common.fingerprint(train):
-            raise InputError(
-                f"{adapter} was trained on other papers than {args.train}: train it anew, or --predict-only"
-            )
-        held = train[common.split_papers(train, settings["valid_ratio"], settings["seed"])]
-    args.max_length = args.max_length or settings.get("max_length", 512)
+        return None, None, test, fields
+    if adapter and kit["train"] != common.fingerprint(train):
+        raise InputError(f"{adapter} was trained on other papers than {args.train}: train it anew, or --predict-only")
+    split = kit["settings"] if adapter else {"valid_ratio": args.valid_ratio, "seed": args.seed}
+    return train, train[common.split_papers(train, split["valid_ratio"], split["seed"])], test, fields
+
+
+def predict(args, accelerator, folder, adapter, kit, train, held_out, test, fields):
+    """Score the papers, write the folder's files and print the table."""
+    args.max_length = args.max_length or kit["settings"].get("max_length", 512)
 
     scorer, tokenizer = load_scorer(args, adapter, kit, accelerator)
-    items = [item for papers in (held, test) if papers is not None for item in common.build_items(papers, fields)]
+    asked = [part for part in (held_out, test) if part is not None]
+    items = [item for part in asked for item in common.build_items(part, fields)]
     papers = llm.encode_items(tokenizer, items, args.max_length)
     weights = adapter and hashlib.sha256((adapter / "adapter_model.safetensors").read_bytes()).hexdigest()
     key = [kit, weights, items, args.max_length, args.batch_size, training.describe(accelerator)]
     partial = Partial(folder, common.digest(key), accelerator.process_index)
-    accelerator.wait_for_everyone()
+    accelerator.wait_for_everyone()  # all have read what is there before one of them adds to it
+    log(f"{len(papers)} papers to score; {kit['model']}, {training.describe(accelerator)}")
     if partial.done:
         log(f"{len(partial.done)} of {len(papers)} papers were scored by a run that stopped; going on")
-    log(f"{len(papers)} papers to score; {kit['model']}, {training.describe(accelerator)}")
 
     def probs_of(scorer, batch):
         if scorer.cache is None:
@@ -144,31 +143,45 @@ def main():
     speed = (len(papers) - len(partial.done)) / (time.perf_counter() - started)
     if not accelerator.is_main_process:
         return
-    valid_probs, test_probs = probs[: len(papers) - len(test)], probs[len(papers) - len(test) :]
-    record = {"test": len(test), "test_fingerprint": common.fingerprint(test)}
-    metrics = before if train is None else {"papers": common.paper_record(train, test, len(held)), "fields": fields}
-    metrics = {**metrics, **common.read_json(folder / "training.json"), "settings": settings | {"model": kit["model"]}}
-    metrics["papers"] = metrics.get("papers", {}) | record
+    valid_probs, test_probs = np.split(probs, [len(papers) - len(test)])
+    metrics = common.read_metrics(folder) if train is None else common.read_json(folder / "training.json")
+    counts = common.paper_record(test if train is None else train, test, len(valid_probs))
+    if train is None:  # what is said of training and held-out papers stays
+        counts = metrics.get("papers", {}) | {name: counts[name] for name in ("test", "test_fingerprint")}
     metrics |= {
+        "papers": counts,
+        "fields": fields,
+        "settings": kit["settings"] | {"model": kit["model"]},
         "predict_papers_per_second": round(speed, 3),
         "peak_memory_mb": training.peak_memory_mb(accelerator),
         "versions": common.package_versions(),
         "device": training.describe(accelerator),
     }
     table = []
-    if held is not None:
-        metrics["scores"] = scores(held["label"], valid_probs)
-        table.append((folder.name, metrics["scores"], f"{len(held)} held out, {' '.join(fields)}"))
+    if train is not None:
+        metrics["scores"] = scores(held_out["label"], valid_probs)
+        table.append((folder.name, metrics["scores"], f"{len(held_out)} held out, {' '.join(fields)}"))
     answers = common.read_test_labels(args.test.parent / "test_labels.csv", test)
     if answers is not None:
         note = f"{len(test)} test papers, {' '.join(fields)}"
         table.append((f"{folder.name}, test", scores(answers, test_probs), note))
-    seen = None if untrained else held
-    common.save_results(folder, test, test_probs, metrics, seen, valid_probs)
+    common.save_results(folder, test, test_probs, metrics, held_out if adapter else None, valid_probs)
     common.write_submission(folder / "submit_task1.csv", test, test_probs >= 0.5, args.out_dir)
     partial.remove()
     if table:
         print(common.score_table(table))
+
+
+def main():
+    args = parse_args()
+    accelerator = training.make_accelerator(args.precision)
+    untrained = args.adapter == "none"
+    folder = args.out_dir / (args.name or ("untrained" if untrained else "lora"))
+    adapter = None if untrained else Path(args.adapter or folder / "best")
+    kit = {"model": llm.find_model(args.model or "auto"), "settings": {}} if untrained else read_kit(adapter)
+    train, held_out, test, fields = choose_papers(args, kit, adapter)
+    with common.locked(folder, accelerator.is_main_process):
+        predict(args, accelerator, folder, adapter, kit, train, held_out, test, fields)
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def test_whole_run(kit, tmp_path, tiny_bert):
     assert metrics.keys() >= want | {"predict_papers_per_second", "peak_memory_mb", "versions", "device"}
     assert metrics["scores"] == common.scores(valid["label"], valid["prob"])
     assert sorted(path.name for path in folder.iterdir()) == [
-        "best", "last.safetensors", "log.csv", "metrics.json", "submit_task1.csv", "test.csv", "valid.csv"
+        ".lock", "best", "last.safetensors", "log.csv", "metrics.json", "submit_task1.csv", "test.csv", "valid.csv"
     ]  # fmt: skip
 
     # best/ is a plain model directory: any tool gives the same answer.

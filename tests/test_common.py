@@ -1,3 +1,5 @@
+import os
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -250,3 +252,11 @@ def test_fingerprint_knows_papers_whatever_their_order():
     changed = papers.copy()
     changed.loc[3, "abstract"] += "."
     assert common.fingerprint(papers) != common.fingerprint(changed)
+
+
+def test_a_second_run_in_one_folder_is_refused(tmp_path):
+    with common.locked(tmp_path):
+        with pytest.raises(InputError, match=f"in use by process {os.getpid()}"), common.locked(tmp_path):
+            pass
+    with common.locked(tmp_path):  # a lock that was left does not block
+        pass
