@@ -209,8 +209,8 @@ def fit(accelerator, model, train, held_out, losses, probs, save_best, folder, a
     if state["scaler"] and accelerator.scaler:
         accelerator.scaler.load_state_dict(state["scaler"])
     log(
-        f"{len(train)} papers to train on, {len(held_out)} held out; {args.epochs} epochs, {steps} steps of "
-        f"{args.batch_size} papers; {sum(w.numel() for w in weights):,} weights; {describe(accelerator)}"
+        f"{len(train)} texts to train on, {len(held_out)} held out; {args.epochs} epochs, {steps} steps of "
+        f"{args.batch_size}; {sum(w.numel() for w in weights):,} weights; {describe(accelerator)}"
     )
     if state["epoch"] or state["batch"]:
         log(f"resumed after {state['epoch']} epochs and {state['batch']} steps")

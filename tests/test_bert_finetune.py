@@ -43,7 +43,7 @@ def results(folder):
 def test_whole_run(kit, tmp_path, tiny_bert):
     done = kit("bert_finetune.py", "--model", tiny_bert, *TINY)
     assert done.returncode == 0, done.stderr
-    assert "108 papers to train on, 12 held out; 2 epochs, 54 steps of 4" in done.stderr and "cpu, fp32" in done.stderr
+    assert "324 texts to train on, 12 held out; 2 epochs, 162 steps of 4" in done.stderr and "cpu, fp32" in done.stderr
     folder = tmp_path / "outputs" / "bert"
     train, test = (common.read_papers(SAMPLE / f"{side}.csv", labelled=side == "train") for side in ("train", "test"))
     valid = common.read_predictions(folder / "valid.csv")
@@ -188,7 +188,7 @@ def test_two_processes_equal_one(tmp_path, tiny_bert):
 
 @pytest.mark.slow
 def test_minilm_beats_the_constant_guess_by_far(kit, tmp_path):
-    done = kit("bert_finetune.py", "--model", "embedded", "--epochs", "3")
+    done = kit("bert_finetune.py", "--model", "embedded", "--epochs", "2")
     assert done.returncode == 0, done.stderr
     probs = common.read_predictions(tmp_path / "outputs/bert/test.csv").set_index("uuid")["prob"]
     answers = pd.read_csv(SAMPLE / "test_labels.csv", dtype={"uuid": str}).set_index("uuid")["label"]
