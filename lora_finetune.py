@@ -68,7 +68,7 @@ def add_adapter(model, args):
 def default_lr(args, model):
     """The highest learning rate that suits method and size."""
     lr = {"lora": 2e-4, "p-tuning-v2": 5e-3}[args.method]
-    return lr * 5 if model.config.hidden_size < 1024 else lr
+    return lr * 15 if model.config.hidden_size < 1024 else lr
 
 
 def check_saved(folder):
@@ -95,7 +95,7 @@ def parse_args():
     add("--max-length", type=whole, default=512, metavar="N", help="tokens a paper, default %(default)s")
     add("--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(),
         help="a third slower, a fraction of the memory; default: with CUDA")  # fmt: skip
-    training.add_training_flags(parser, epochs=2, batch_size=8, patience=2)
+    training.add_training_flags(parser, epochs=1, batch_size=4, patience=2)
     return parser.parse_args()
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 KIT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(KIT))
 
-PAPERS = {"bert-train": 64, "bert-predict": 128, "lora-train": 24, "lora-predict": 24}
+PAPERS = {"bert-train": 48, "bert-predict": 96, "lora-train": 16, "lora-predict": 16}
 CASES = {
     "bert-train": ("kit", "original", "trainer"),
     "bert-predict": ("kit", "original"),
