@@ -30,6 +30,11 @@ def find_model(name):
     return name
 
 
+def default_length(name):
+    """Tokens a paper: the embedded model runs on CPUs, where the title, the authors and some of the abstract must do."""
+    return 160 if name == "embedded" else 512
+
+
 def embedded_folder():
     """The embedded SmolLM2-135M-Instruct as a plain transformers directory, dequantised on first use (fp32, 0.5 GB)."""
     folder = HERE / ".cache" / Path(EMBEDDED).stem

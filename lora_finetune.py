@@ -92,10 +92,10 @@ def parse_args():
     add("--dropout", type=float, default=0.0, metavar="R", help="before LoRA's A, default %(default)s")
     add("--target-modules", nargs="+", metavar="NAME", help="layers that get LoRA, default every linear one")
     add("--virtual-tokens", type=whole, default=32, metavar="N", help="of P-tuning v2, default %(default)s")
-    add("--max-length", type=whole, default=512, metavar="N", help="tokens a paper, default %(default)s")
+    add("--max-length", type=whole, metavar="N", help="tokens a paper, default 512; of the embedded model 160")
     add("--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(),
         help="a third slower, a fraction of the memory; default: with CUDA")  # fmt: skip
-    training.add_training_flags(parser, epochs=1, batch_size=4, patience=2)
+    training.add_training_flags(parser, epochs=2, batch_size=4, patience=2)
     return parser.parse_args()
 
 
@@ -110,6 +110,7 @@ def train_adapter(accelerator, args, folder):
     name = llm.find_model(args.model)
     model, tokenizer = llm.load_llm(name, accelerator)
     args.lr = args.lr or default_lr(args, model)
+    args.max_length = args.max_length or llm.default_length(name)
     papers, held_out = (llm.encode_items(tokenizer, part, args.max_length) for part in (items, valid_items))
     scorer = llm.Scorer(add_adapter(model, args), tokenizer)
     shaping = ("method", "rank", "alpha", "dropout", "target_modules", "virtual_tokens", "max_length", "epochs")

@@ -89,7 +89,7 @@ def parse_args():
     add("--adapter", metavar="DIR", help="default: best/ of the --name folder; 'none': the untrained model")
     add("--model", metavar="M", help="default: the adapter's; with --adapter none as in lora_finetune.py")
     add("--name", help="folder under --out-dir, default lora, or untrained with --adapter none")
-    add("--max-length", type=whole, metavar="N", help="tokens a paper, default the adapter's, or 512")
+    add("--max-length", type=whole, metavar="N", help="tokens a paper, default the adapter's")
     add("--batch-size", type=whole, default=16, metavar="N", help="papers at once, default %(default)s")
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="auto: bf16 or fp16 with CUDA")
     add("--predict-only", action="store_true", help="score --test alone, without train.csv")
@@ -119,7 +119,7 @@ def choose_papers(args, kit, adapter):
 
 def predict(args, accelerator, folder, adapter, kit, train, held_out, test, fields):
     """Score the papers, write the folder's files and print the table."""
-    args.max_length = args.max_length or kit["settings"].get("max_length", 512)
+    args.max_length = args.max_length or kit["settings"].get("max_length") or llm.default_length(kit["model"])
 
     scorer, tokenizer = load_scorer(args, adapter, kit, accelerator)
     asked = [part for part in (held_out, test) if part is not None]

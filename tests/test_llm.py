@@ -332,7 +332,7 @@ def test_two_processes_equal_one(kit, tmp_path, tiny_llm):
 
 @pytest.mark.slow
 def test_smollm2_adapter_beats_the_untrained_model(kit, tmp_path):
-    flags = ["--fields", "title", "--max-length", "160"]
+    flags = ["--fields", "title"]
     answers = pd.read_csv(SAMPLE / "test_labels.csv", dtype={"uuid": str}).set_index("uuid")["label"]
 
     def f1(name):
