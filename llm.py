@@ -31,7 +31,7 @@ def find_model(name):
 
 
 def default_length(name):
-    """Tokens a paper: the embedded model runs on CPUs, where the title, the authors and some of the abstract must do."""
+    """Tokens a paper: the embedded model runs on CPUs, where title, authors and some of the abstract must do."""
     return 160 if name == "embedded" else 512
 
 
