@@ -206,7 +206,7 @@ def parse_args():
     add("--name", default="bert", help="folder under --out-dir, default %(default)s")
     add("--folds", type=whole, metavar="K", help="train K models, each with another K-th of the papers held out")
     add("--predict-only", action="store_true", help="score --test with the saved model")
-    training.add_training_flags(parser, epochs=3, batch_size=16, patience=2)
+    training.add_training_flags(parser, epochs=3, batch_size=16, patience=2, at_once=4)
     args = parser.parse_args()
     if args.folds == 1:
         parser.error("--folds must be at least 2")

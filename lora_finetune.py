@@ -95,7 +95,7 @@ def parse_args():
     add("--max-length", type=whole, metavar="N", help="tokens a paper, default 512; of the embedded model 160")
     add("--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(),
         help="a third slower, a fraction of the memory; default: with CUDA")  # fmt: skip
-    training.add_training_flags(parser, epochs=2, batch_size=4, patience=2)
+    training.add_training_flags(parser, epochs=2, batch_size=4, patience=2, at_once=2)
     return parser.parse_args()
 
 

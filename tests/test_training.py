@@ -68,7 +68,7 @@ def make_papers(count):
 
 def arguments(**changes):
     parser = argparse.ArgumentParser()
-    training.add_training_flags(parser, epochs=3, batch_size=8, patience=3)
+    training.add_training_flags(parser, epochs=3, batch_size=8, patience=3, at_once=8)
     args = parser.parse_args([])
     vars(args).update({"lr": 0.05, "seed": 1, "max_length": 64, "precision": "fp32"} | changes)
     return args
@@ -162,7 +162,7 @@ def test_out_of_memory_names_the_flag(tmp_path):
         fit(tmp_path, losses=full)
     fit(tmp_path, losses=full, accumulate=4)  # the advice, followed to its end, helps
     with pytest.raises(common.InputError, match="--max-length 32"):
-        with training.memory_advice(arguments(batch_size=1)):
+        with training.memory_advice(arguments(batch_size=1, accumulate=1)):
             raise torch.OutOfMemoryError
 
 
