@@ -208,6 +208,11 @@ def fingerprint(papers):
     return hashlib.sha256(" ".join(columns).encode() + b"".join(rows)).hexdigest()[:16]
 
 
+def split_record(args, train, fields):
+    """What the instruction data depends on: papers, fields and the common split."""
+    return {"fields": fields, "seed": args.seed, "valid_ratio": args.valid_ratio, "train": fingerprint(train)}
+
+
 def digest(value):
     """16 hex digits that tell whether two JSON values are the same."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

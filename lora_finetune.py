@@ -102,8 +102,7 @@ def parse_args():
 def train_adapter(accelerator, args, folder):
     """Train on paper_label.json, and leave adapter and record in folder."""
     train, _, fields = common.load_papers(args)
-    source = {"fields": fields, "seed": args.seed, "valid_ratio": args.valid_ratio}
-    source |= {"train": common.fingerprint(train)}
+    source = common.split_record(args, train, fields)
     path = Path(args.data or args.out_dir / "paper_label.json")
     items, valid_items = read_items(path, source)
 

@@ -71,10 +71,10 @@ class Partial:
         self.file = None
 
     def keep(self, batch, probs):
-        if self.file is None:
-            fresh = not self.path.is_file() or not self.path.read_text().startswith(self.key + "\n")
-            self.file = open(self.path, "w" if fresh else "a")
-            self.file.write(f"{self.key}\n" if fresh else "")
+        if self.file is None:  # begin with what is known, without the line that was cut off
+            with common.replacing(self.path) as part:
+                part.write_text("\n".join([self.key, *(f"{i} {prob!r}" for i, prob in self.done.items()), ""]))
+            self.file = open(self.path, "a")
         self.file.writelines(f"{place} {prob!r}\n" for place, prob in zip(batch, probs))
         self.file.flush()
 

@@ -27,9 +27,7 @@ def main():
     for name, papers in parts.items():
         write_json(args.out_dir / f"{name}.json", common.build_items(papers, fields))
     write_json(args.out_dir / "dataset_info.json", dataset_info(parts))
-    source = {"fields": fields, "seed": args.seed, "valid_ratio": args.valid_ratio}
-    source |= {"train": common.fingerprint(train)}
-    write_json(args.out_dir / "paper_label_source.json", source)
+    write_json(args.out_dir / "paper_label_source.json", common.split_record(args, train, fields))
     counts = ", ".join(f"{len(papers)} in {name}.json" for name, papers in parts.items())
     log(f"wrote to {args.out_dir}: {counts}, with {' '.join(fields)}")
 

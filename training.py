@@ -301,12 +301,13 @@ def predict(accelerator, model, papers, probs, batch_size, done=None, keep=None)
         batch_size = min(batch_size, 4)  # what the caches of a CPU hold
     model.eval()
     found = torch.zeros(2, len(papers), device=accelerator.device)  # probabilities, and how often each was scored
+    done = done or {}
     batches = length_batches([len(paper["input_ids"]) for paper in papers], batch_size)
     todo = batches[accelerator.process_index :: accelerator.num_processes]
-    for batch in todo if done else []:
+    for batch in todo:
         if known := [i for i in batch if i in done]:
             found[0, known], found[1, known] = found.new_tensor([done[i] for i in known]), 1.0
-    todo = [rest for batch in todo if len(rest := batch[[i not in (done or {}) for i in batch]])]
+    todo = [rest for batch in todo if len(rest := batch[[i not in done for i in batch]])]
     bar = progress(accelerator, sum(map(len, todo)), "predict")
     while todo:
         batch, failed = todo[0], False

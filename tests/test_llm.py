@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import common
 import llm
+import lora_predict
 import training
 
 CHAT = (
@@ -245,6 +246,19 @@ def test_predictions_are_kept_as_they_come(kit, tmp_path, tiny_llm, monkeypatch)
     (tmp_path / "old.csv").write_bytes(whole[1])
     assert np.allclose(now[1]["prob"], common.read_predictions(tmp_path / "old.csv")["prob"], atol=1e-5)
     assert not list(folder.glob("partial-*"))
+
+
+def test_predictions_survive_a_second_kill(tmp_path):
+    first = lora_predict.Partial(tmp_path, "key", 0)
+    first.keep([1, 2], [0.1, 0.2])
+    first.file.close()
+    with open(tmp_path / "partial-0.txt", "a") as file:
+        file.write("3 0.1")  # killed in the middle of 0.12
+    second = lora_predict.Partial(tmp_path, "key", 0)
+    second.keep([4], [0.4])
+    second.file.close()
+    assert lora_predict.Partial(tmp_path, "key", 0).done == {1: 0.1, 2: 0.2, 4: 0.4}
+    assert not lora_predict.Partial(tmp_path, "another", 0).done
 
 
 def test_refusals(kit, tmp_path, tiny_llm):
