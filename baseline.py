@@ -14,12 +14,14 @@ doesn't help, out of fold, the authors are left out.
 """
 
 import time
+from collections import Counter
 from itertools import product
 
 import numpy as np
 from scipy.sparse import hstack
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.ensemble import RandomForestClassifier
+from sklearn.feature_extraction import FeatureHasher
 from sklearn.feature_extraction.text import HashingVectorizer, TfidfTransformer
 from sklearn.linear_model import LogisticRegression
 from sklearn.naive_bayes import MultinomialNB
@@ -32,28 +34,37 @@ from common import log, run_script, scores, whole
 MODELS = {"lr": "logistic regression", "nb": "naive Bayes", "svm": "linear SVM", "rf": "random forest"}
 WORD = r"\w+|[^\w\s]"  # a punctuation mark is a word: how abstracts are punctuated tells a little
 STRENGTH = {"lr": 30, "nb": 0.01, "svm": 1, "rf": 1}
+BLOCK = 10_000  # test papers scored at a time, for the memory
 AUTHOR_WEIGHT = 2  # of the author's characters, where the words weigh 1
 GRID = {"lr": (3, 10, 30, 100), "nb": (0.003, 0.01, 0.03, 0.1), "svm": (0.1, 0.3, 1, 3), "rf": (1, 2, 4)}
 
 
-def count_ngrams(papers, fields, ngrams=(1, 2)):
-    """Count once, before any split. Returns a dict of sparse float32 matrices [papers, n-grams]: "words", of all fields
-    but author, and "author", the characters of that field; each where there are such fields. Counts are hashed: no
-    vocabulary is learned, so a paper's counts depend on no other paper, and memory doesn't grow with the vocabulary.
+def block_texts(papers, fields):
+    """What is counted, as a dict of lists of str, one a paper: "words", of all fields but author, and "author", that
+    field as it is written; each where there are such fields.
+    """
+    words = [name for name in fields if name != "author"]
+    texts = {"words": common.build_text(papers, words)} if words else {}
+    return texts | ({"author": papers["author"].tolist()} if "author" in fields else {})
+
+
+def new_counter(block, ngrams):
+    """Counts words, or the characters of authors, into hashed columns: no vocabulary is learned, so a paper's counts
+    depend on no other paper, and memory doesn't grow with the vocabulary.
     """
     shape = {"alternate_sign": False, "norm": None, "dtype": np.float32}
-    blocks = {}
-    if words := [name for name in fields if name != "author"]:
-        counter = HashingVectorizer(n_features=2**20, ngram_range=ngrams, token_pattern=WORD, **shape)
-        blocks["words"] = counter.transform(common.build_text(papers, words))
-    if "author" in fields:
-        counter = HashingVectorizer(n_features=2**18, analyzer="char", ngram_range=(1, 3), lowercase=False, **shape)
-        blocks["author"] = counter.transform(papers["author"])
-    return blocks
+    if block == "words":
+        return HashingVectorizer(n_features=2**20, ngram_range=ngrams, token_pattern=WORD, **shape)
+    return HashingVectorizer(n_features=2**18, analyzer="char", ngram_range=(1, 3), lowercase=False, **shape)
 
 
-def weigh(train, other, settings):
-    """Select n-grams and weigh them, by the training rows alone. Returns both matrices with rows of length 1."""
+def count_ngrams(papers, fields, ngrams=(1, 2)):
+    """Count once, before any split. Returns a dict of sparse float32 matrices [papers, columns], as block_texts."""
+    return {block: new_counter(block, ngrams).transform(texts) for block, texts in block_texts(papers, fields).items()}
+
+
+def choose_columns(train, settings):
+    """Select n-grams and weigh them, by the training rows alone. Returns (columns, transformer of counts of these)."""
     papers_with = np.bincount(train.indices, minlength=train.shape[1])
     keep = np.flatnonzero(papers_with >= min(2, papers_with.max(initial=0)))
     if settings["max_features"] and len(keep) > settings["max_features"]:
@@ -61,8 +72,7 @@ def weigh(train, other, settings):
     if not len(keep):  # no text at all: one column of zeros, the model then learns the share of the classes
         keep = np.array([0])
     tfidf = settings["features"] == "tfidf"
-    weights = TfidfTransformer(sublinear_tf=tfidf, use_idf=tfidf).fit(train[:, keep])
-    return weights.transform(train[:, keep]), weights.transform(other[:, keep])
+    return keep, TfidfTransformer(sublinear_tf=tfidf, use_idf=tfidf).fit(train[:, keep])
 
 
 def new_model(name, strength, seed, papers):
@@ -77,16 +87,63 @@ def new_model(name, strength, seed, papers):
     return RandomForestClassifier(200, min_samples_leaf=strength, random_state=seed, n_jobs=-1)
 
 
-def fit_predict(train, labels, other, settings):
-    """Fit on the training counts. `train`, `other`: dicts of count_ngrams. Returns P(label = 1) of the other papers."""
-    pairs = []
+def column_weights(model, columns):
+    """What each column adds to label 1: float array [columns], zeros for a forest, which has no such weights."""
+    if isinstance(model, MultinomialNB):
+        return model.feature_log_prob_[1] - model.feature_log_prob_[0]
+    if isinstance(model, CalibratedClassifierCV):
+        model = model.calibrated_classifiers_[0].estimator
+    return model.coef_[0] if hasattr(model, "coef_") else np.zeros(columns)
+
+
+def fit(train, labels, settings):
+    """Fit on training counts (a dict of count_ngrams). Returns (predict, weights): predict(counts) gives P(label = 1)
+    of other papers, float array [papers]; weights: {block: (the columns in use, their weights)}.
+    """
+    parts = {}
     for name in train:
         weight = settings["author_weight"] if name == "author" and len(train) > 1 else 1  # author alone: any will do
         if weight:
-            pairs.append([block * weight for block in weigh(train[name], other[name], settings)])
-    fitted, asked = (hstack(blocks, format="csr") for blocks in zip(*pairs))
+            parts[name] = (*choose_columns(train[name], settings), weight)
+
+    def matrix(counts):
+        blocks = [weigh.transform(counts[name][:, columns]) * by for name, (columns, weigh, by) in parts.items()]
+        return hstack(blocks, format="csr")
+
     model = new_model(settings["model"], settings["strength"], settings["seed"], np.bincount(labels).min())
-    return model.fit(fitted, labels).predict_proba(asked)[:, 1]
+    model.fit(matrix(train), labels)
+    sizes = [len(columns) for columns, _, _ in parts.values()]
+    weights = np.split(column_weights(model, sum(sizes)), np.cumsum(sizes))
+    used = {name: (part[0], values) for (name, part), values in zip(parts.items(), weights)}
+    return lambda counts: model.predict_proba(matrix(counts))[:, 1], used
+
+
+def read_ngrams(block, ngrams, texts, counts, columns):
+    """What the columns count, a list of str: hashing forgets it, so it is read again from papers that have it."""
+    counter = new_counter(block, ngrams)
+    analyze, hasher = counter.build_analyzer(), FeatureHasher(counter.n_features, input_type="string")
+    having, found = counts[:, columns].tocsc(), []
+    for place, column in enumerate(columns):
+        papers = having.indices[having.indptr[place] : having.indptr[place + 1]][:20]
+        seen = Counter(ngram for paper in papers for ngram in dict.fromkeys(analyze(texts[paper])))
+        hashed = hasher.transform([ngram] for ngram in seen).indices
+        found.append(max((ngram for ngram, h in zip(seen, hashed) if h == column), key=seen.get))
+    return found
+
+
+def strongest_ngrams(papers, fields, ngrams, counts, weights, most=15):
+    """The n-grams that speak most for each label: {block: {"0" or "1": [[n-gram, weight], ...]}}. `counts`: of these
+    papers, from count_ngrams; `weights`: from fit.
+    """
+    texts, found = block_texts(papers, fields), {}
+    for block, (columns, values) in weights.items():
+        found[block] = {}
+        for label, strength in (("0", -values), ("1", values)):
+            top = np.argsort(-strength, kind="stable")[:most]
+            top = top[strength[top] > 0]
+            names = read_ngrams(block, ngrams, texts[block], counts[block], columns[top])
+            found[block][label] = [[name, round(float(strength[i]), 4)] for name, i in zip(names, top)]
+    return found
 
 
 def rows(blocks, mask):
@@ -98,7 +155,8 @@ def out_of_fold(blocks, labels, folds, settings):
     probs = np.zeros(len(labels))
     for fold in range(folds.max() + 1):
         inside = folds != fold
-        probs[~inside] = fit_predict(rows(blocks, inside), labels[inside], rows(blocks, ~inside), settings)
+        predict, _ = fit(rows(blocks, inside), labels[inside], settings)
+        probs[~inside] = predict(rows(blocks, ~inside))
     return probs
 
 
@@ -159,7 +217,8 @@ def main():
     train, test, fields = common.load_papers(args)
     labels = train["label"].to_numpy()
     folds = common.fold_numbers(train, args.folds, args.seed)
-    blocks, test_blocks = (count_ngrams(papers, fields, (1, args.ngrams)) for papers in (train, test))
+    ngrams = (1, args.ngrams)
+    blocks = count_ngrams(train, fields, ngrams)
 
     names = list(MODELS) if args.model == "all" else [args.model]
     seen = f"{len(train)} out of fold"
@@ -190,8 +249,11 @@ def main():
     values, title, read, settings, probs = max(results, key=lambda r: (r[0]["f1"], -r[0]["log_loss"]))
 
     fit_started = time.perf_counter()
-    test_probs = fit_predict(blocks, labels, test_blocks, settings)
-    seconds = time.perf_counter() - fit_started
+    predict, weights = fit(blocks, labels, settings)
+    test_started = time.perf_counter()
+    parts = [test[start : start + BLOCK] for start in range(0, len(test), BLOCK)]
+    test_probs = np.concatenate([predict(count_ngrams(part, fields, ngrams)) for part in parts])
+    ended = time.perf_counter()
     folder = args.out_dir / "baseline"
     metrics = {
         "scores": values,
@@ -200,11 +262,13 @@ def main():
         "fields": read,
         "settings": {**settings, "ngrams": args.ngrams, "folds": args.folds},
         "train_seconds": round(time.perf_counter() - started, 2),
-        "train_papers_per_second": round(len(train) / seconds, 1),
-        "predict_papers_per_second": round(len(test) / seconds, 1),
+        "train_papers_per_second": round(len(train) / (test_started - fit_started), 1),
+        "predict_papers_per_second": round(len(test) / (ended - test_started), 1),
         "peak_memory_mb": common.peak_memory_mb(),
         "versions": common.package_versions(),
         "device": "cpu",
+        "table": table,
+        "strongest": strongest_ngrams(train, fields, ngrams, blocks, weights),
     }
     common.save_results(folder, test, test_probs, metrics, train, probs)
     common.write_submission(folder / "submit_task1.csv", test, test_probs >= 0.5, args.out_dir)

@@ -1,10 +1,11 @@
-"""Every model's predictions -> one submission, with a table of what each is worth.
+"""Every model's predictions -> one submission, and a report of what each is worth.
 
-    python blend.py                            writes submit_task1.csv here
+    python blend.py                            writes submit_task1.csv here, outputs/report.html and report.md
     python blend.py --submit my.csv
+    python blend.py --report-only              the report alone
 
 In: outputs/*/valid.csv, test.csv and metrics.json of every model that has run, train.csv, test.csv, and test_labels.csv
-where it lies beside test.csv. Out: the submission.
+where it lies beside test.csv. Out: the submission and the report, from these files alone: nothing is trained.
 
 The weights are found on the papers that all models held out. A blend is taken only where its F1 is above that of the
 best single model; of models with the same F1 the plainest wins.
@@ -17,6 +18,7 @@ from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import cross_val_predict
 
 import common
+import report
 from common import InputError, run_script, scores
 
 PLAINEST = ("baseline", "bert", "lora")  # a model of another name comes after these
@@ -33,6 +35,8 @@ def read_models(out_dir, train, test):
     rank = {name: place for place, name in enumerate(PLAINEST)}
     for folder in sorted(folders, key=lambda f: (rank.get(f.name, len(rank)), f.name)):
         metrics = common.read_metrics(folder)
+        if folder.name == "blend":
+            raise InputError(f"{folder}: a model can't be called blend: give its folder another name")
         for side in ("train", "test"):
             if metrics.get("papers", {}).get(f"{side}_fingerprint") != want[f"{side}_fingerprint"]:
                 raise InputError(
@@ -102,9 +106,57 @@ def advice(auc):
     )
 
 
+def say_submitted(names, weights, count):
+    """What goes into the submission, in a sentence."""
+    parts = " + ".join(f"{weight:.0%} {name}" for weight, name in zip(weights, names) if weight)
+    if len(names) == 1:
+        return f"{parts}, the only model that has run"
+    if weights.max() == 1:
+        return f"{parts}: one model is all it takes, no mixture has a higher F1 on these {count} papers"
+    return parts
+
+
+def say_trust(auc, count, metrics):
+    """How far the scores on `count` papers can be trusted, in sentences. `metrics`: {model: its metrics.json}."""
+    held_out = f"{count:,} papers were held out by every model: one more or less right is {1 / count:.4f} of accuracy."
+    if len(metrics) > 1:
+        held_out += " The blend was chosen on these very papers, so its scores there are a little too good."
+    said = [advice(auc), held_out]
+    references = {name: values for name, values, _ in metrics.get("baseline", {}).get("table", [])}
+    rule = references.get("author rule", {}).get("accuracy", 0)
+    if rule >= 0.9:
+        free = [values["accuracy"] for name, values in references.items() if name.endswith("no author")]
+        told = f"The way authors are written, and nothing else, tells the label of {rule:.2%} of the training papers: "
+        told += "a model that reads authors need not understand a paper."
+        said.append(told + (f" Without authors the baseline is right on {max(free):.2%}." if free else ""))
+    return said
+
+
+def make_tables(metrics, labels, probs, answers, tested):
+    """The report's tables of scores, each a title and rows of common.score_table. `metrics`: {model: metrics.json},
+    `labels`: of the papers that all models held out, `probs`: {model or "blend": P(label = 1)} of these, `answers`: the
+    test papers' labels or None, `tested`: as `probs`, of the test papers.
+    """
+
+    def rows(labels, probs, which):
+        notes = {name: f"{len(labels)} {which}, {' '.join(m.get('fields', []))}" for name, m in metrics.items()}
+        return [(name, scores(labels, p), notes.get(name, f"{len(labels)} {which}")) for name, p in probs.items()]
+
+    tables = [("Held-out papers", rows(labels, probs, "held out"))]
+    if answers is not None:
+        tables.append(("Test papers", rows(answers, tested, "test papers")))
+    more = []  # what the models say of further papers, and what the baseline compares itself with
+    for name, m in metrics.items():
+        if m.get("scores") and m["papers"]["held_out"] > len(labels):
+            more.append((name, m["scores"], f"{m['papers']['held_out']} held out, {' '.join(m['fields'])}"))
+        more += m.get("table", [])
+    return [*tables, ("For comparison, each model on all papers it held out", more)] if more else tables
+
+
 def parse_args():
     parser = common.arg_parser(__doc__)
     parser.add_argument("--submit", default="submit_task1.csv", metavar="FILE", help="default %(default)s")
+    parser.add_argument("--report-only", action="store_true", help="write no submission")
     return parser.parse_args()
 
 
@@ -112,35 +164,35 @@ def main():
     args = parse_args()
     train, test, fields = common.load_papers(args)
     models = read_models(args.out_dir, train, test)
-    names = [name for name, *_ in models]
+    names, metrics = [name for name, *_ in models], {name: m for name, _, _, m in models}
     everyone = set.intersection(*(set(valid.index) for _, valid, _, _ in models))
-    common_papers = train[train["uuid"].isin(everyone)]
-    if common_papers["label"].nunique() < 2:
+    papers = train[train["uuid"].isin(everyone)]
+    if papers["label"].nunique() < 2:
         raise InputError(f"{', '.join(names)} held out no common papers of both classes: run them with the same --seed")
-    labels = common_papers["label"].to_numpy()
-    held = np.array([valid.loc[common_papers["uuid"]] for _, valid, _, _ in models])
-    tested = np.array([probs for _, _, probs, _ in models])
-    weights = find_weights(held, labels)
+    labels = papers["label"].to_numpy()
+    probs = {name: valid.loc[papers["uuid"]].to_numpy() for name, valid, _, _ in models}
+    tested = {name: test_probs for name, _, test_probs, _ in models}
+    weights = find_weights(np.array(list(probs.values())), labels)
+    probs["blend"], tested["blend"] = (weights @ np.array(list(values.values())) for values in (probs, tested))
 
-    def note(metrics):
-        return f"{len(labels)} held out, {' '.join(metrics.get('fields', []))}"
-
-    table = [(name, scores(labels, probs), note(m)) for (name, _, _, m), probs in zip(models, held)]
-    table.append(("blend", scores(labels, weights @ held), f"{len(labels)} held out"))
+    auc = unlikeness(train, test, fields, args.seed)
+    submitted, trust = say_submitted(names, weights, len(labels)), say_trust(auc, len(labels), metrics)
     answers = common.read_test_labels(args.test.parent / "test_labels.csv", test)
-    if answers is not None:
-        table += [(f"{n}, test", scores(answers, p), f"{len(test)} test papers") for n, p in zip(names, tested)]
-        table.append(("blend, test", scores(answers, weights @ tested), f"{len(test)} test papers"))
+    tables = make_tables(metrics, labels, probs, answers, tested)
+    print(trust[0])
+    print(f"blend: {submitted}")
+    if not args.report_only:
+        common.write_submission(args.submit, test, tested["blend"] >= 0.5, args.out_dir)
+    for title, rows in tables:
+        print(f"\n{title}\n{common.score_table(rows)}")
 
-    print(advice(unlikeness(train, test, fields, args.seed)))
-    parts = " + ".join(f"{weight:.0%} {name}" for weight, name in zip(weights, names) if weight)
-    if len(models) == 1:
-        parts += ", the only model that has run"
-    elif weights.max() == 1:
-        parts += f": one model is all it takes, no mixture has a higher F1 on these {len(labels)} papers"
-    print(f"blend: {parts}")
-    common.write_submission(args.submit, test, weights @ tested >= 0.5, args.out_dir)
-    print(common.score_table(table))
+    tiles = [(f"{row[1]['f1']:.3f}", f"F1, {row[2]}") for _, rows in tables for row in rows if row[0] == "blend"]
+    tiles += [(f"{(tested['blend'] >= 0.5).mean():.1%}", f"of {len(test):,} test papers are called medical")]
+    tiles += [("–" if auc is None else f"{auc:.2f}", "AUC of telling train from test, 0.5 = alike")]
+    if weights.max() == 1:  # the blend is one of the models
+        del probs["blend"]
+    found = {"metrics": metrics, "papers": papers, "probs": probs, "tested": tested}
+    report.write(args.out_dir, submitted, trust, tiles, tables, **found)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ bash run.sh STAGE ...    these stages only
   lora        an adapter of an LLM, trained on it       -> outputs/lora/best/
   lora-predict  probabilities from LLM and adapter      -> outputs/lora/
   keywords    task 2: keywords for the test papers      -> outputs/keywords/, submit_task2.csv
-  blend       every model's predictions                 -> submit_task1.csv
+  blend       every model's predictions                 -> submit_task1.csv, outputs/report.html
+  report      outputs/report.html and report.md again, from what the models left; no training, no submission
   test        the kit's own tests
 
 Settings, as environment variables:
@@ -105,7 +106,7 @@ if [ "$#" -gt 0 ]; then
     stages="$*"
 fi
 for stage in $stages; do
-    case " setup baseline bert llm-data lora lora-predict keywords blend test -h --help " in
+    case " setup baseline bert llm-data lora lora-predict keywords blend report test -h --help " in
     *" $stage "*) ;;
     *) die "no stage '$stage': bash run.sh --help lists them" ;;
     esac
@@ -138,6 +139,7 @@ for stage in $stages; do
     lora-predict) run_on_gpus lora_predict.py ;;
     keywords) run extract_keywords.py ;;
     blend) run blend.py ;;
+    report) run blend.py --report-only ;;
     test)
         install requirements-dev.txt
         say "tests"
@@ -148,4 +150,7 @@ done
 
 case " $stages " in
 *" blend "*) echo "submission: $PWD/submit_task1.csv" ;;
+esac
+case " $stages " in
+*" blend "* | *" report "*) echo "report: ${OUT_DIR:-$kit/outputs}/report.html" ;;
 esac

@@ -73,6 +73,33 @@ def test_equal_models_give_the_plainest(papers, kit, model):
     assert "100% baseline" in kit("blend.py").stdout
 
 
+def test_tables_say_of_which_papers():
+    values, labels = common.scores([0, 1], [0.2, 0.9]), np.array([0, 1, 1])
+    metrics = {"baseline": {"papers": {"held_out": 9}, "fields": ["title"], "scores": values}}
+    metrics["baseline"]["table"] = [["constant guess", values, "9 out of fold"]]
+    metrics["bert"] = {"papers": {"held_out": 3}, "fields": ["abstract"], "scores": values}
+    probs = {"baseline": np.array([0.1, 0.9, 0.2]), "bert": labels, "blend": labels}
+    (_, held), (_, more) = blend.make_tables(metrics, labels, probs, None, {})
+    assert [row[0] for row in held] == ["baseline", "bert", "blend"] and held[0][1]["accuracy"] == pytest.approx(
+        2 / 3, abs=1e-6
+    )
+    assert [row[2] for row in held] == ["3 held out, title", "3 held out, abstract", "3 held out"]
+    assert [(name, note) for name, _, note in more] == [
+        ("baseline", "9 held out, title"),
+        ("constant guess", "9 out of fold"),
+    ]
+    tables = blend.make_tables(metrics, labels, probs, np.array([1, 1]), {name: np.array([0, 1]) for name in probs})
+    assert tables[1][1][1] == ("bert", common.scores([1, 1], [0, 1]), "2 test papers, abstract")
+
+
+@pytest.mark.parametrize("accuracy", [0.5, 0.99])
+def test_says_when_the_authors_give_the_label_away(accuracy):
+    table = [["author rule", {"accuracy": accuracy}, ""], ["naive Bayes, no author", {"accuracy": 0.7654}, ""]]
+    said = " ".join(blend.say_trust(0.5, 40, {"baseline": {"table": table}}))
+    assert "0.0250 of accuracy" in said
+    assert [("The way authors" in said), ("76.54%" in said)] == [accuracy > 0.9] * 2
+
+
 def test_refuses_predictions_of_other_papers(refused, model, write_csv):
     refused("blend.py", words=["baseline.py first"])
     model("baseline", 0.1)
@@ -84,6 +111,8 @@ def test_refuses_predictions_of_other_papers(refused, model, write_csv):
     train = pd.read_csv(SAMPLE / "train.csv", dtype=str, keep_default_na=False)
     other = write_csv("t.csv", [train.columns, *train.to_numpy()[:-1]])
     refused("blend.py", "--train", other, words=["baseline", "another train file"])
+    model("blend", 0.1)
+    refused("blend.py", words=["outputs/blend", "another name"])
 
 
 def test_refuses_damaged_predictions(refused, model, tmp_path):
