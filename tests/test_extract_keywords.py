@@ -7,6 +7,8 @@ import pytest
 
 import common
 import extract_keywords as keywords
+import phrases
+import ranker
 
 HEADER = ["uuid", "title", "abstract", "Keywords"]
 
@@ -19,8 +21,8 @@ def rows(folder, name="outputs/keywords/test.csv"):
 @pytest.fixture
 def few_trees(monkeypatch):
     """Fewer and smaller models: what these tests assert holds for any."""
-    monkeypatch.setattr(keywords, "BAGS", 1)
-    monkeypatch.setattr(keywords, "STAGES", tuple({**stage, "max_iter": 12} for stage in keywords.STAGES))
+    monkeypatch.setattr(ranker, "BAGS", 1)
+    monkeypatch.setattr(ranker, "STAGES", tuple({**stage, "max_iter": 12} for stage in ranker.STAGES))
 
 
 @pytest.fixture
@@ -43,12 +45,12 @@ def small(few_trees, write_csv):
     ],
 )
 def test_split_keywords(cell, keywords_in_it):
-    assert list(keywords.split_keywords(cell)) == keywords_in_it
+    assert list(phrases.split_keywords(cell)) == keywords_in_it
 
 
 @pytest.mark.parametrize("a, b", [("neural networks", "neural network"), ("t-cells", "t cell"), ("art (x)", "art")])
 def test_variants_have_one_stem(a, b):
-    assert keywords.stem(a) == keywords.stem(b)
+    assert phrases.stem(a) == phrases.stem(b)
 
 
 def test_candidates_cross_no_punctuation_and_begin_and_end_with_no_stop_word():
@@ -56,10 +58,10 @@ def test_candidates_cross_no_punctuation_and_begin_and_end_with_no_stop_word():
         "title": ["Growth of E. coli in milk"],
         "abstract": ["The cell wall, for IL-6 and growth of cells (COVID-19)."],
     }
-    found = keywords.find_candidates(papers, 1)
-    phrases = {found.phrases[i] for i in found.phrase}
-    assert {"e. coli", "cell wall", "il-6", "growth of cells", "covid-19", "growth", "milk"} <= phrases
-    assert not {"of", "the cell", "wall for", "milk the", "milk the cell", "cells covid-19"} & phrases
+    found = phrases.find_candidates(papers, 1)
+    names = {found.phrases[i] for i in found.phrase}
+    assert {"e. coli", "cell wall", "il-6", "growth of cells", "covid-19", "growth", "milk"} <= names
+    assert not {"of", "the cell", "wall for", "milk the", "milk the cell", "cells covid-19"} & names
     places = [found.text.word[i] for i in found.first]
     assert places == [found.text.words.index(found.phrases[i].split()[0]) for i in found.phrase]
 
@@ -67,12 +69,12 @@ def test_candidates_cross_no_punctuation_and_begin_and_end_with_no_stop_word():
 def test_rates_never_see_the_own_fold():
     """Whatever the keywords of a fold's papers, no rate of theirs moves; that of the others does."""
     draw = np.random.default_rng(0)
-    keys, folds = draw.integers(0, 9, 500), draw.integers(-1, keywords.INNER, 500)
+    keys, folds = draw.integers(0, 9, 500), draw.integers(-1, ranker.INNER, 500)
     hits = draw.integers(0, 2, 500).astype(float)
     own = np.flatnonzero(folds == 2)
     other = hits.copy()
     other[own] = 1 - hits[own]
-    before, after = (keywords.rates(keys, h, folds, 5) for h in (hits, other))
+    before, after = (ranker.rates(keys, h, folds, 5) for h in (hits, other))
     assert np.allclose(before[own], after[own])
     assert not np.allclose(before[folds == 3], after[folds == 3])
 
@@ -82,11 +84,11 @@ def test_own_keywords_change_no_feature_of_a_paper():
     train = common.read_papers(common.HERE / "data" / "sample" / "train.csv").head(30)
     other = train.copy()
     other.loc[3, "Keywords"] = "; ".join(other["title"][3].split()[:2] + ["zeta", "eta theta"])
-    folds = np.arange(30) % keywords.INNER
+    folds = np.arange(30) % ranker.INNER
     kept = []
     for papers in (train, other):
-        corpus = keywords.build_corpus(papers, papers.head(0))
-        features, paper, phrase, _ = keywords.add_learned(corpus, folds)
+        corpus = ranker.build_corpus(papers, papers.head(0))
+        features, paper, phrase, _ = ranker.add_learned(corpus, folds)
         names = [corpus.phrases[i] for i in phrase[paper == 3]]
         kept.append(pd.DataFrame({n: v[paper == 3] for n, v in features.items()}, index=names))
     a, b = kept
@@ -202,7 +204,7 @@ def test_out_of_fold_and_unseen_agree(kit, tmp_path):
     assert done.returncode == 0, done.stderr
     metrics = json.loads((tmp_path / "outputs/keywords/metrics.json").read_text(encoding="utf-8"))
     lists = [
-        [list(keywords.split_keywords(c)) for c in cells]
+        [list(phrases.split_keywords(c)) for c in cells]
         for cells in ([row["Keywords"] for row in rows(tmp_path)], sample[::4]["Keywords"])
     ]
     unseen = keywords.score_keywords(*lists)["f1"]

@@ -1,0 +1,228 @@
+"""The words of papers, the phrases of them that could be keywords, and what can be told of a phrase without knowing any
+keyword: for ranker.py and extract_keywords.py.
+
+Candidates are phrases of 1 to 5 words of title and abstract that cross no punctuation and neither begin nor end with a
+stop word.
+"""
+
+import re
+from collections import defaultdict
+from functools import cache
+from types import SimpleNamespace
+
+import numpy as np
+from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
+
+LONGEST = 5  # words a phrase
+WORD = re.compile(r"[A-Z]\.(?= [a-z])|\w+(?:[-‐‑–'’.+_]\w+)*\+*")  # one word: "E." of "E. coli", "IL-6", "PM2.5"
+PUNCTUATION = ".,;:()[]-–—/'\"%=<>"
+TERMS = (
+    "system fire mine mill bill cry thick thin interest amount half part side back front top bottom full name con de co"
+)
+STOP = (ENGLISH_STOP_WORDS - set(TERMS.split())) | {"e.g", "i.e", "using", "based", "used", "use"}
+
+
+# ---- keywords --------------------------------------------------------------------------------------------------------
+
+
+def normalise(keyword):
+    """The form in which keywords are compared: lower case, single blanks, no trailing period."""
+    return " ".join(keyword.lower().split()).rstrip(". ")
+
+
+def split_keywords(cell):
+    """A Keywords cell as {normalised: as written}, in the cell's order. Commas part keywords where no ';' does."""
+    parts = cell.split(";") if ";" in cell else cell.split(", ")
+    written = {}
+    for part in parts:
+        if keyword := normalise(part):
+            written.setdefault(keyword, part.strip().rstrip(". "))
+    return written
+
+
+@cache
+def stem_word(word):
+    """Singular of a plural, roughly, the parts of a compound apart: 'studies' → 'study', 'T-cells' → 'T cell'."""
+    if "-" in word.strip("-"):
+        return " ".join(map(stem_word, filter(None, word.split("-"))))
+    if len(word) > 4 and word.endswith("ies"):
+        return word[:-3] + "y"
+    return word[:-1] if len(word) > 3 and word.endswith("s") and word[-2] not in "sui" else word
+
+
+def stem(phrase):
+    """What singular and plural, hyphen and blank, 'A (B)' and 'A' have in common."""
+    if phrase.endswith(")"):
+        phrase = re.sub(r"\s*\([^()]*\)$", "", phrase) or phrase
+    return " ".join(map(stem_word, phrase.split(" ")))
+
+
+# ---- candidates ------------------------------------------------------------------------------------------------------
+
+
+def number(items):
+    """int array: each item's number, by first appearance; and how many different ones there are."""
+    seen = {}
+    return np.array([seen.setdefault(item, len(seen)) for item in items], dtype=np.int64), len(seen)
+
+
+def read_words(papers):
+    """The words of title and abstract, paper after paper. Returns a namespace: words (list of the different ones,
+    lower case) and arrays [words in all papers]: word (index into words), written (as written), paper, title (bool),
+    gap (before it: 0 a new sentence, 1 a blank, else a punctuation mark), bracket (bool: just behind an opening one),
+    case (0 lower, 1 Capitalised, 2 other), starts (bool: first of a sentence).
+    """
+    columns = defaultdict(list)
+    for paper, (title, abstract) in enumerate(zip(papers["title"], papers["abstract"])):
+        text, end = f"{title}\n{abstract}", 0
+        for match in WORD.finditer(text):
+            word, gap = match.group(), text[end : match.start()]
+            mark = gap.strip()[-1:]
+            starts = end == 0 or "\n" in gap or any(sign in gap for sign in (". ", "? ", "! "))
+            kind = (0 if starts else 1) if gap.isspace() or not gap else PUNCTUATION.find(mark) + 3
+            case = 0 if word == word.lower() else 1 if word[1:].islower() else 2
+            row = (word.lower(), word, paper, match.start() < len(title), kind, mark in ("(", "["), case, starts)
+            for name, value in zip(("word", "written", "paper", "title", "gap", "bracket", "case", "starts"), row):
+                columns[name].append(value)
+            end = match.end()
+    text = SimpleNamespace(words=list(dict.fromkeys(columns["word"])))
+    kinds = {"title": bool, "bracket": bool, "starts": bool, "written": object}
+    columns["word"] = number(columns["word"])[0]
+    for name in ("word", "written", "paper", "title", "gap", "bracket", "case", "starts"):
+        setattr(text, name, np.array(columns[name], dtype=kinds.get(name, np.int64)))
+    return text
+
+
+def mean_over(values, found):
+    """Mean of a value per word over the words of each candidate."""
+    total = np.concatenate([[0], np.cumsum(values)])
+    return (total[found.last + 1] - total[found.first]) / found.n
+
+
+def find_candidates(papers, train_papers):
+    """The candidate phrases of all papers, and the features of them that need no keywords. Document frequencies are
+    those of the first `train_papers` papers, less the paper itself. A phrase crosses no punctuation and neither begins
+    nor ends with a stop word; three words and more that stand only once, inside a longer phrase, are left out.
+
+    Returns a namespace: text (of read_words, with left and right, what stands beside each word), phrases (list of str);
+    arrays [candidates]: paper, phrase (index into phrases), n (words), first, last (place in text where it first begins
+    and ends), final (where it last begins), titled (where it first begins in the title, -1 not there); features {name:
+    array [candidates]}; arrays [occurrences]: of (candidate), begin, end (place in text); stems {stem: number}; stem,
+    array [phrases].
+    """
+    text = read_words(papers)
+    size, words, length = len(text.word), text.words, np.bincount(text.paper, minlength=len(papers))
+    place = np.arange(size) - np.repeat(np.cumsum(length) - length, length)
+    digits = np.array([w.replace(".", "").isdigit() for w in words], dtype=bool)[text.word]
+    stop = np.array([w in STOP for w in words], dtype=bool)[text.word]
+    parted = np.append((text.gap != 1) | (place == 0), True)  # from the word before; past the last word, too
+    open_left = parted[:-1] | np.append(True, stop[:-1])
+    open_right = parted[1:] | np.append(stop[1:], True)
+    text.left = np.where(parted[:-1], len(words) + text.gap, np.append(0, text.word[:-1])[:size])
+    text.right = np.where(parted[1:], len(words) + np.append(text.gap, 0)[1:], np.append(text.word, 0)[1:])
+    text.sides = len(words) + len(PUNCTUATION) + 4  # words, gaps, and one for "not in the title"
+
+    phrases, ids, at, parts = list(words), text.word.copy(), np.arange(size), []
+    for n in range(1, LONGEST + 1):
+        if n > 1:
+            at = at[at + n - 1 < size]
+            at = at[~parted[at + n - 1]]
+            pairs = ids[at] * max(1, len(words)) + text.word[at + n - 1]
+            _, first, same = np.unique(pairs, return_index=True, return_inverse=True)
+            longer = [f"{phrases[ids[i]]} {words[text.word[i + n - 1]]}" for i in at[first]]
+            ids[at] = same + len(phrases)
+            phrases += longer
+        begin = at[~(stop | digits)[at] & ~stop[at + n - 1]]
+        parts.append((begin, begin + n - 1, ids[begin]))
+    begin, end, phrase = (np.concatenate(arrays) for arrays in zip(*parts))
+    _, first, of = np.unique(text.paper[begin] * len(phrases) + phrase, return_index=True, return_inverse=True)
+    # Candidates are numbered by place in the text: no tie is ever decided by what other papers hold.
+    of = np.argsort(np.lexsort(((end - begin)[first], begin[first])))[of]
+    order = np.lexsort((begin, of))
+    begin, end, phrase, of = begin[order], end[order], phrase[order], of[order]
+    first = np.unique(of, return_index=True)[1]
+    tf = np.bincount(of)
+
+    def share(flags):
+        """In how many of its occurrences something holds of a candidate."""
+        return np.bincount(of, flags, len(tf)) / tf
+
+    in_title = text.title[begin]
+    titled = np.full(len(tf), -1)
+    titled[of[in_title][::-1]] = begin[in_title][::-1]
+    found = SimpleNamespace(text=text, phrases=phrases, count=len(phrases), phrase=phrase[first], titled=titled)
+    found.paper, found.first, found.last = text.paper[begin[first]], begin[first], end[first]
+    found.n = found.last - found.first + 1
+    found.final = final = begin[np.append(first[1:], len(begin))[: len(first)] - 1]
+    total = np.maximum(length[found.paper], 1)
+    f = {"n": found.n, "tf": tf, "tf_share": tf / total, "paper_words": total}
+
+    f["first"], f["first_share"], f["last_share"] = place[found.first], place[found.first] / total, place[final] / total
+    f["spread"] = (final - found.first) / total
+    sentence = np.cumsum(text.starts)
+    f["sentence"] = sentence[found.first] - sentence[found.first - place[found.first]]
+    title_words = np.bincount(text.paper, text.title, len(papers))[found.paper]
+    there = titled >= 0
+    f["title"] = share(in_title) * tf
+    f["title_begin"] = np.where(there, place[titled] / np.maximum(title_words, 1), -1)
+    f["title_end"] = np.where(there, title_words - place[titled] - found.n, -1)
+    f["title_share"] = np.where(there, found.n / np.maximum(title_words, 1), 0)
+    paper_word = np.unique(text.paper * len(words) + text.word, return_inverse=True)[1]
+    f["words_in_title"] = mean_over((np.bincount(paper_word, text.title) > 0)[paper_word], found)
+
+    f["alone_left"], f["alone_right"] = share(open_left[begin]), share(open_right[end])
+    alone = open_left[begin] & open_right[end]
+    f["alone"], f["alone_count"] = share(alone), share(alone) * tf
+    f["parted_left"], f["parted_right"] = share(parted[begin]), share(parted[end + 1])
+    f["bracketed"] = share(text.bracket[begin] & parted[end + 1])
+    f["before_bracket"] = share(np.append(text.bracket, False)[end + 1])
+    table = np.full((LONGEST + 1, size + 1), -1)  # which candidate begins here with n words
+    table[end - begin + 1, begin] = of
+    longest, inside = np.zeros(len(tf)), np.zeros(len(tf))
+    for n in range(2, LONGEST + 1):
+        start = np.flatnonzero(table[n] >= 0)
+        for inner in range(1, n):
+            for shift in range(n - inner + 1):
+                part = table[inner, start + shift]
+                np.maximum.at(longest, part[part >= 0], tf[table[n, start[part >= 0]]])
+                inside += np.bincount(part[part >= 0], minlength=len(tf))
+    f["inside"], f["longer_tf"], f["longer_tf_share"] = inside / tf, longest, longest / tf
+
+    case, later = text.case[begin], ~text.starts[begin]
+    f["capital"] = np.bincount(of, (case == 1) & later, len(tf)) / np.maximum(np.bincount(of, later, len(tf)), 1)
+    f["upper"], f["upper_last"] = share(case == 2), share(text.case[end] == 2)
+    letters = np.array([len(w) for w in words], dtype=np.int64)[text.word]
+    f["letters"] = mean_over(letters, found) * found.n
+    f["letters_first"], f["letters_last"] = letters[found.first], letters[found.last]
+    f["hyphens"] = mean_over(np.array(["-" in w for w in words], dtype=bool)[text.word], found)
+    f["digits"] = mean_over(np.array([any(c.isdigit() for c in w) for w in words], dtype=bool)[text.word], found)
+    f["stop_words"] = mean_over(stop, found)
+
+    own = found.paper < train_papers  # what the paper itself adds to the counts
+    counted = np.bincount(found.phrase[own], minlength=len(phrases))[found.phrase] - own
+    f["papers"], f["tf_idf"] = counted, f["tf_share"] * np.log((train_papers + 1) / (counted + 1))
+    whole_tf, whole_alone = (
+        np.bincount(found.phrase[own], values[own], len(phrases))[found.phrase] - own * values
+        for values in (tf, f["alone_count"])
+    )
+    f["alone_elsewhere"] = (whole_alone + 0.5) / (whole_tf + 1)
+    word_tf = np.bincount(paper_word)[paper_word]
+    known = text.paper < train_papers
+    seen = np.unique(text.paper[known] * len(words) + text.word[known]) % max(1, len(words))
+    idf = np.log((train_papers + 1) / (np.bincount(seen, minlength=len(words))[text.word] - known + 1))
+    f["idf"], f["idf_first"], f["idf_last"] = mean_over(idf, found), idf[found.first], idf[found.last]
+    f["word_tf"] = mean_over(word_tf, found)
+    f["cohesion"] = tf / np.minimum(word_tf[found.first], word_tf[found.last])
+    found.stems = {}  # stemmed phrase: its number
+    found.stem = np.array([found.stems.setdefault(stem(p), len(found.stems)) for p in phrases], dtype=np.int64)
+    _, alike = np.unique(found.paper * len(phrases) + found.stem[found.phrase], return_inverse=True)
+    for name in ("tf", "title", "alone_count"):
+        f[f"stem_{name}"] = np.bincount(alike, f[name])[alike]
+
+    keep = (tf > 1) | there | (f["alone"] > 0) | (found.n < 3)
+    occurs = keep[of]
+    found.of, found.begin, found.end = (np.cumsum(keep) - 1)[of[occurs]], begin[occurs], end[occurs]
+    for name in ("paper", "phrase", "n", "first", "last", "titled", "final"):
+        setattr(found, name, getattr(found, name)[keep])
+    found.features = {name: values[keep].astype(np.float32) for name, values in f.items()}
+    return found
