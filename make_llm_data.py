@@ -9,8 +9,12 @@ paper_label_valid.json (the held-out part), paper_label_test.json (output empty)
 lora_finetune.py knows what papers they are of.
 """
 
+import json
+
 import common
-from common import log, run_script, write_json
+from common import log, replacing, run_script, write_json
+
+BLOCK = 10_000  # papers at a time, for the memory
 
 
 def dataset_info(names):
@@ -19,15 +23,28 @@ def dataset_info(names):
     return {name: {"file_name": f"{name}.json", "formatting": "alpaca", "columns": columns} for name in names}
 
 
+def write_items(path, papers, fields):
+    """Write papers as a JSON list of items, one a line."""
+    with replacing(path) as part, open(part, "w", encoding="utf-8") as file:
+        before = "[\n"
+        for start in range(0, len(papers), BLOCK):
+            for item in common.build_items(papers[start : start + BLOCK], fields):
+                file.write(before + json.dumps(item, ensure_ascii=False))
+                before = ",\n"
+        file.write("\n]\n" if len(papers) else "[]\n")
+
+
 def main():
     args = common.arg_parser(__doc__).parse_args()
     train, test, fields = common.load_papers(args)
     held_out = common.split_papers(train, args.valid_ratio, args.seed)
     parts = {"paper_label": train[~held_out], "paper_label_valid": train[held_out], "paper_label_test": test}
+    source = args.out_dir / "paper_label_source.json"
+    source.unlink(missing_ok=True)  # a run that is killed leaves files that lora_finetune.py doesn't take for whole
     for name, papers in parts.items():
-        write_json(args.out_dir / f"{name}.json", common.build_items(papers, fields))
+        write_items(args.out_dir / f"{name}.json", papers, fields)
     write_json(args.out_dir / "dataset_info.json", dataset_info(parts))
-    write_json(args.out_dir / "paper_label_source.json", common.split_record(args, train, fields))
+    write_json(source, common.split_record(args, train, fields))
     counts = ", ".join(f"{len(papers)} in {name}.json" for name, papers in parts.items())
     log(f"wrote to {args.out_dir}: {counts}, with {' '.join(fields)}")
 
