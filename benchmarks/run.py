@@ -1,188 +1,56 @@
-"""This kit against what one would otherwise run: papers a second and peak memory, side by side in one go.
+"""This kit against what one would otherwise run: scores, speed and memory, side by side in one go on one machine.
 
-    python benchmarks/run.py --train papers.csv              every case, 3 rounds in turn -> benchmarks/results.json
-    python benchmarks/run.py --train papers.csv --only bert-train lora-predict
+    python benchmarks/run.py --train train.csv --test test.csv            all but ablations -> results.json, READMEs
+    python benchmarks/run.py --train ... --test ... --only bert keywords  these cases or groups; finished ones anew
+    python benchmarks/run.py --train ... --test ... --only ablations      what each part of the kit is worth
+    python benchmarks/run.py --write-readme                               the READMEs' tables again, from the results
 
-Each case of a group works on the same papers with the same weights, each in a process of its own; loading is not timed.
-"original" is the loop of the published tutorial; "trainer" is transformers' Trainer with its default collator, of
-sequences cut at 512 tokens (and peft, for LoRA).
+The peers are installed by benchmarks/requirements.txt; one that isn't there is left out with a line. Each peer runs in
+a process of its own on the CPU, in turn within a round, on the same papers with the same weights; loading a model isn't
+timed. Another round means another seed: of the split, of new weights, of the order.
+
+A case that is finished is kept, and a run that was stopped goes on where it was, unless the files changed. Labels of
+the test papers are read from test_labels.csv beside the test file, where there is one.
 """
 
 import argparse
+import importlib
 import json
-import platform
-import statistics
+import os
 import subprocess
 import sys
-import tempfile
 import time
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 
-KIT = Path(__file__).resolve().parent.parent
+HERE = Path(__file__).resolve().parent
+KIT = HERE.parent
 sys.path.insert(0, str(KIT))
 
-PAPERS = {"bert-train": 48, "bert-predict": 96, "lora-train": 16, "lora-predict": 16}
+import tables  # noqa: E402
+
+import common  # noqa: E402
+
+# Of each case its module, and how many papers it learns from and, of test and of held-out ones each, asks for (None:
+# all), chosen so that three rounds take minutes on two cores.
 CASES = {
-    "bert-train": ("kit", "original", "trainer"),
-    "bert-predict": ("kit", "original"),
-    "lora-train": ("kit", "trainer"),
-    "lora-predict": ("kit", "original"),
+    "baseline": ("words", None, None),
+    "bert-train": ("bert", 24, None),
+    "bert-predict": ("bert", 64, None),
+    "bert-score": ("bert", 200, 100),
+    "lora-train": ("lora", 16, None),
+    "lora-predict": ("lora", 16, None),
+    "keywords": ("words", None, 100),
+    "ablation-baseline": ("words", None, None),
+    "ablation-bert": ("bert", 200, 100),
 }
-BATCH = {"bert": 16, "lora": 8}
+NEEDS = {"fasttext": "fasttext", "setfit": "setfit", "keybert": "keybert", "yake": "yake"}  # peer: module
+READMES = ("README.md", "README.zh-CN.md")
 
 
-def arguments(script, *flags):
-    """A script's args, as from its command line."""
-    sys.argv = [script.__name__, *flags]
-    return script.parse_args()
-
-
-def bert_case(case, peer, papers, fields):
-    """Returns (seconds, papers seen, tokens of each paper after truncation)."""
-    import torch
-    from torch.utils.data import DataLoader
-    from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
-
-    import bert_finetune
-    import common
-    import training
-
-    args = arguments(bert_finetune, "--epochs", "1", "--lr", "1e-4")
-    name = bert_finetune.find_model("embedded")
-    tokenizer = bert_finetune.load_tokenizer(name, 512)
-    items = bert_finetune.encode(tokenizer, papers, fields, 512)
-    lengths = [len(item["input_ids"]) for item in items]
-    texts, labels = common.build_text(papers, fields), papers["label"].tolist()
-    if peer == "kit":
-        accelerator = training.make_accelerator("fp32")
-        model = bert_finetune.load_model(name, 0.0, 1)
-        losses, probs = bert_finetune.make_functions(tokenizer, accelerator.device)
-        if case == "bert-predict":
-            started = time.perf_counter()
-            training.predict(accelerator, model, items, probs, BATCH["bert"])
-            return time.perf_counter() - started, len(items), lengths
-        with tempfile.TemporaryDirectory() as folder:
-            done = training.fit(
-                accelerator, model, items, items[:2], losses, probs, lambda model: None, Path(folder), args, {}
-            )
-        return done["seconds"], done["papers"], lengths
-    torch.manual_seed(1)
-    model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=2)
-    if peer == "trainer":
-        data = [
-            {**tokenizer(text, truncation=True, max_length=512), "labels": label} for text, label in zip(texts, labels)
-        ]
-        with tempfile.TemporaryDirectory() as folder:
-            setup = TrainingArguments(
-                folder, num_train_epochs=1, per_device_train_batch_size=BATCH["bert"], save_strategy="no", report_to=[],
-                use_cpu=not torch.cuda.is_available(), disable_tqdm=True,
-            )  # fmt: skip
-            started = time.perf_counter()
-            Trainer(model, setup, train_dataset=data, processing_class=tokenizer).train()
-        return time.perf_counter() - started, len(data), lengths
-    # The tutorial: every paper padded to the maximal length, the dropout of the checkpoint.
-    encoded = tokenizer(texts, truncation=True, padding="max_length", max_length=512, return_tensors="pt")
-    data = list(zip(encoded["input_ids"], encoded["attention_mask"], torch.tensor(labels)))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-5)
-    model.train(case == "bert-train")
-    started = time.perf_counter()
-    for ids, mask, label in DataLoader(data, batch_size=BATCH["bert"], shuffle=True):
-        if case == "bert-predict":
-            with torch.no_grad():
-                model(input_ids=ids, attention_mask=mask).logits.argmax(-1)
-            continue
-        model(input_ids=ids, attention_mask=mask, labels=label).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return time.perf_counter() - started, len(data), lengths
-
-
-def lora_case(case, peer, papers, fields):
-    """Returns (seconds, papers seen, tokens of each prompt)."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import Trainer, TrainingArguments
-
-    import common
-    import llm
-    import lora_finetune
-    import training
-
-    flags = ["--epochs", "1", "--batch-size", str(BATCH["lora"]), "--lr", "1e-3", "--no-gradient-checkpointing"]
-    args = arguments(lora_finetune, *flags)
-    accelerator = training.make_accelerator("fp32")
-    model, tokenizer = llm.load_llm("embedded", accelerator)
-    items = common.build_items(papers, fields)
-    prompts = llm.encode_items(tokenizer, items, 512)
-    lengths = [len(prompt["input_ids"]) for prompt in prompts]
-    if case == "lora-train":
-        if peer == "kit":
-            scorer = llm.Scorer(lora_finetune.add_adapter(model, args), tokenizer)
-            with tempfile.TemporaryDirectory() as folder:
-                done = training.fit(
-                    accelerator, scorer, prompts, prompts[:2], lambda s, p: s(p), lambda s, p: s.probs(p),
-                    lambda model: None, Path(folder), args, {},
-                )  # fmt: skip
-            return done["seconds"], done["papers"], lengths
-        model = get_peft_model(
-            model, LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules="all-linear")
-        )
-        end = [tokenizer.eos_token_id]
-        data = []
-        for prompt in prompts:
-            ids = prompt["input_ids"] + llm.encode_answers(tokenizer)[prompt["label"]] + end
-            fill = [tokenizer.pad_token_id] * (512 - len(ids))
-            mask = [1] * len(ids) + [0] * len(fill)
-            data.append({"input_ids": ids + fill, "attention_mask": mask, "labels": ids + [-100] * len(fill)})
-        with tempfile.TemporaryDirectory() as folder:
-            setup = TrainingArguments(
-                folder, num_train_epochs=1, per_device_train_batch_size=BATCH["lora"], save_strategy="no", report_to=[],
-                use_cpu=not torch.cuda.is_available(), disable_tqdm=True, learning_rate=1e-3,
-            )  # fmt: skip
-            started = time.perf_counter()
-            Trainer(model, setup, train_dataset=data).train()
-        return time.perf_counter() - started, len(data), lengths
-    torch.manual_seed(1)
-    model = lora_finetune.add_adapter(model, args)
-    for weight_name, weight in model.named_parameters():
-        if "lora_B" in weight_name:
-            torch.nn.init.normal_(weight, std=0.01)
-    if peer == "kit":
-        scorer = llm.Scorer(model.merge_and_unload(), tokenizer).eval()
-
-        def probs(scorer, papers):
-            if scorer.cache is None:
-                scorer.share_prefix(prompts)
-            return scorer.probs(papers)
-
-        started = time.perf_counter()
-        training.predict(accelerator, scorer, prompts, probs, BATCH["lora"])
-        return time.perf_counter() - started, len(prompts), lengths
-    model.eval()
-    started = time.perf_counter()
-    for prompt in prompts:  # one paper at a time, up to 4 tokens of chat
-        ids = torch.tensor([prompt["input_ids"]])
-        with torch.no_grad():
-            model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)
-    return time.perf_counter() - started, len(prompts), lengths
-
-
-def run_case(case, peer, train):
-    """One case in this process: {"papers_per_second", "peak_memory_mb", "tokens"}."""
-    import common
-
-    papers = common.read_papers(train, labelled=True).head(PAPERS[case])
-    fields = [name for name in ("title", "author", "abstract") if name in papers]
-    seconds, count, lengths = (bert_case if case.startswith("bert") else lora_case)(case, peer, papers, fields)
-    return {
-        "papers_per_second": count / seconds,
-        "peak_memory_mb": common.peak_memory_mb(),
-        "tokens": sum(lengths) / len(lengths),
-    }
-
-
-def matmul_peak():
-    """FLOP/s of a product of two fp32 matrices of 2048 x 2048, the best of 5."""
+def describe_machine():
+    """Processor, cores, versions, and GFLOP/s of a product of two fp32 matrices of 2048 x 2048, the best of 5."""
     import torch
 
     a, b = torch.randn(2, 2048, 2048)
@@ -192,49 +60,165 @@ def matmul_peak():
         for _ in range(5):
             a @ b
         times.append(time.perf_counter() - started)
-    return 5 * 2 * 2048**3 / min(times)
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    versions = {"Python": sys.version.split()[0]}
+    for package in sorted({name for names in tables.VERSIONS.values() for name in names}):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            pass
+    return {
+        "processor": names[0] if names else "unknown processor",
+        "cores": os.cpu_count(),
+        "matmul_gflops": round(5 * 2 * 2048**3 / min(times) / 1e9, 1),
+        "versions": versions,
+    }
+
+
+def run_one(case, peer, args):
+    """One peer of a case, once, in this process. Returns a dict of what was measured."""
+    module, learn, ask = CASES[case]
+    args.learn, args.ask = (args.limit, args.limit) if args.limit else (learn, ask)
+    row = importlib.import_module(module).CASES[case][peer](args)
+    if "fields" not in row:  # speed alone is measured on the first papers of the training file
+        import papers
+
+        row |= {"learn": row["papers"], "fields": papers.first_papers(args)[1]}
+    row |= {"papers_per_second": row["papers"] / row["seconds"], "peak_memory_mb": common.peak_memory_mb()}
+    return {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in row.items()}
+
+
+def call(args, *one):
+    """Run this program for one peer, in a process of its own. Returns (what it measured or None, why it failed)."""
+    command = [sys.executable, __file__, "--train", args.train.resolve(), "--test", args.test.resolve()]
+    command += ["--limit", args.limit] if args.limit else []
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run(
+        [*map(str, command), "--one", *map(str, one)], env=env, capture_output=True, text=True, check=False
+    )
+    if done.returncode == 0:
+        return json.loads(done.stdout.splitlines()[-1]), None
+    if done.returncode < 0:
+        return None, f"killed by signal {-done.returncode}" + (" (out of memory?)" if done.returncode == -9 else "")
+    return None, (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+
+
+def describe_files(args):
+    """{"train" and "test": name, number of papers and fingerprint}. Raises InputError for what can't be used."""
+    frames = {"train": common.read_papers(args.train, labelled=True), "test": common.read_papers(args.test)}
+    return {name: {"papers": len(frame), "fingerprint": common.fingerprint(frame)} for name, frame in frames.items()}
+
+
+def measure(case, args, machine, results):
+    """Run what is missing of a case, round by round and its peers in turn, so that a slow minute hits all of them.
+    Results are written after each run. Returns the number of runs that failed.
+    """
+    found, failed = results[case], 0
+    peers = []
+    for peer in tables.PEERS[case]:
+        if find_spec(NEEDS.get(peer, "json")):
+            peers.append(peer)
+            found["runs"].setdefault(peer, [])
+        else:
+            common.log(f"{case}: {peer} left out, it is not installed: pip install -r benchmarks/requirements.txt")
+    for number in range(1, args.rounds + 1):
+        for peer in peers:
+            if any(row["round"] == number for row in found["runs"][peer]):
+                continue
+            common.log(f"{time.strftime('%H:%M:%S')} {case}, round {number} of {args.rounds}, {peer} ...")
+            started = time.perf_counter()
+            row, why = call(args, case, peer, number)
+            if why:
+                failed += 1
+                common.log(f"{case}: {peer} failed in round {number}: {why}")
+                continue
+            found["runs"][peer].append({"round": number, **row})
+            found["machine"] = machine
+            common.write_json(args.results, results)
+            said = [f"{name} {row[name]:.3f}" for name in row if name.endswith(("accuracy", "f1"))]
+            said += [f"{row['papers_per_second']:.2f} papers/s, {row['peak_memory_mb']:.0f} MiB"]
+            common.log(f"    {'  '.join(said)}; {time.perf_counter() - started:.0f} s with loading")
+    return failed
+
+
+def is_finished(found, rounds):
+    """Whether every peer has all of its rounds."""
+    wanted = set(range(1, rounds + 1))
+    return all(wanted <= {row["round"] for row in rows} for rows in found["runs"].values())
+
+
+def open_case(case, args, settings, machine, results):
+    """Make ready what is to be measured of a case. Returns False where nothing is: it is finished and wasn't named."""
+    found = results.get(case, {})
+    same = all(found.get(key) == value for key, value in settings.items())
+    if same and is_finished(found, args.rounds):
+        if not args.only:
+            common.log(f"{case}: kept, finished earlier (--only {case} measures it anew)")
+            return False
+        same = False
+    if not same:
+        results[case] = settings | {"machine": machine, "runs": {}}
+    return True
+
+
+def write_readmes(results):
+    """Make the tables of the READMEs anew."""
+    for language, name in enumerate(READMES):
+        text = (KIT / name).read_text(encoding="utf-8")
+        with common.replacing(KIT / name) as part:
+            part.write_text(tables.insert(text, results, language), encoding="utf-8")
+    common.log(f"wrote the tables of {' and '.join(READMES)}")
+
+
+def parse_args():
+    parser = common.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    sample = KIT / "data" / "sample"
+    add("--train", type=Path, default=sample / "train.csv", metavar="FILE", help="with labels, default: the sample")
+    add("--test", type=Path, default=sample / "test.csv", metavar="FILE", help="default: the sample")
+    add("--only", nargs="+", metavar="CASE", help=f"of {', '.join([*tables.BLOCKS, *CASES])}")
+    add("--rounds", type=common.whole, default=3, metavar="N", help="default %(default)s")
+    add("--limit", type=common.whole, metavar="N", help="papers to learn from, and of test and of held-out ones to ask "
+        "for, instead of each case's own number")  # fmt: skip
+    add("--results", type=Path, default=HERE / "results.json", metavar="FILE", help="default %(default)s; the README's "
+        "tables are made of this one alone")  # fmt: skip
+    add("--write-readme", action="store_true", help="only make the README's tables anew")
+    add("--one", nargs="+", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if unknown := [name for name in args.only or () if name not in (*tables.BLOCKS, *CASES)]:
+        parser.error(f"--only {common.some(unknown)}: want of {', '.join([*tables.BLOCKS, *CASES])}")
+    return args
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--train", type=Path, default=KIT / "data/sample/train.csv", help="default: the sample")
-    parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--results", type=Path, default=KIT / "benchmarks/results.json")
-    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parse_args()
     if args.one:
-        print(json.dumps(run_case(*args.one, args.train)))
+        case, *rest = args.one
+        if case == "machine":
+            print(json.dumps(describe_machine()))
+            return
+        args.round = int(rest[1])
+        print(json.dumps(run_one(case, rest[0], args)))
         return
-    found = json.loads(args.results.read_text()) if args.results.is_file() else {}
-    found["machine"] = {"processor": platform.processor() or platform.machine(), "python": platform.python_version()}
-    for case in args.only:
-        runs = {peer: [] for peer in CASES[case]}
-        peak = matmul_peak()
-        for _ in range(args.rounds):
-            for peer in runs:  # in turn, so that a slow minute hits all of them
-                command = [sys.executable, __file__, "--train", str(args.train), "--one", case, peer]
-                done = subprocess.run(command, capture_output=True, text=True, check=False)
-                if done.returncode:
-                    sys.exit(done.stderr)
-                runs[peer].append(json.loads(done.stdout.splitlines()[-1]))
-        found[case] = {"papers": PAPERS[case], "matmul_gflops": peak / 1e9}
-        for peer, results in runs.items():
-            speeds = [result["papers_per_second"] for result in results]
-            ratios = [ours["papers_per_second"] / speed for ours, speed in zip(runs["kit"], speeds)]
-            found[case][peer] = {
-                "papers_per_second": statistics.median(speeds),
-                "spread": [min(speeds), max(speeds)],
-                "peak_memory_mb": statistics.median(result["peak_memory_mb"] for result in results),
-                "tokens": results[0]["tokens"],
-                "kit_is_times_as_fast": [statistics.median(ratios), min(ratios), max(ratios)],
-            }
-        for peer in runs:
-            row = found[case][peer]
-            print(f"{case:13} {peer:9} {row['papers_per_second']:7.2f} papers/s, {row['peak_memory_mb']:6.0f} MiB; "
-                  f"the kit is {row['kit_is_times_as_fast'][0]:.2f} times as fast", flush=True)  # fmt: skip
-        args.results.write_text(json.dumps(found, indent=2) + "\n")
+    default = args.results.resolve() == HERE / "results.json"
+    results = common.read_json(args.results)
+    failed = 0
+    if not args.write_readme:
+        names = args.only or [block for block in tables.BLOCKS if block != "ablations"]
+        asked = [case for name in names for case in tables.BLOCKS.get(name, (name,))]
+        settings = {"files": describe_files(args), "limit": args.limit}
+        machine, why = call(args, "machine")
+        if why:
+            sys.exit(f"run.py: {why}")
+        for case in CASES:
+            if case in asked and open_case(case, args, settings, machine, results):
+                failed += measure(case, args, machine, results)
+    if default:
+        write_readmes(results)
+    if failed:
+        sys.exit(f"run.py: {failed} runs failed, see above; the same command tries them again")
 
 
 if __name__ == "__main__":
-    main()
+    common.run_script(main)
