@@ -211,8 +211,8 @@ def parse_args():
     return args
 
 
-def main():
-    args = parse_args()
+def compare_and_predict(args, folder):
+    """Score the models out of fold, fit the best on all training papers, and write the folder's files."""
     started = time.perf_counter()
     train, test, fields = common.load_papers(args)
     labels = train["label"].to_numpy()
@@ -254,7 +254,6 @@ def main():
     parts = [test[start : start + BLOCK] for start in range(0, len(test), BLOCK)]
     test_probs = np.concatenate([predict(count_ngrams(part, fields, ngrams)) for part in parts])
     ended = time.perf_counter()
-    folder = args.out_dir / "baseline"
     metrics = {
         "scores": values,
         "author_free_scores": author_free,
@@ -270,11 +269,18 @@ def main():
         "table": table,
         "strongest": strongest_ngrams(train, fields, ngrams, blocks, weights),
     }
-    common.save_results(folder, test, test_probs, metrics, train, probs)
     common.write_submission(folder / "submit_task1.csv", test, test_probs >= 0.5, args.out_dir)
+    common.save_results(folder, test, test_probs, metrics, train, probs)
     print(common.score_table(table))
     if len(results) > 1:
         print(f"the predictions written are those of: {title} (the highest F1)")
+
+
+def main():
+    args = parse_args()
+    folder = args.out_dir / "baseline"
+    with common.locked(folder):
+        compare_and_predict(args, folder)
 
 
 if __name__ == "__main__":

@@ -124,27 +124,18 @@ def default_lr(model):
     return 3e-5 if model.config.hidden_size >= 768 else 3e-4
 
 
-def train_fold(accelerator, args, folder, train, held_out, fields, record):
-    """Train one model on the papers of `train` that are not `held_out` (bool array [papers]). Leaves folder/best and
-    returns (P(label = 1) of the held-out papers, what training.fit returns, settings).
+def train_fold(accelerator, args, folder, train, held_out, fields, record, others):
+    """Train one model on the papers of `train` that are not `held_out` (bool array [papers]). `others`: folders whose
+    content is void when this run begins anew. Leaves folder/best and returns (P(label = 1) of the held-out papers, what
+    training.fit returns, settings).
     """
     name = find_model(args.model)
     tokenizer, model = load_tokenizer(name, args.max_length), load_model(name, args.dropout, args.seed)
     args.lr = args.lr or default_lr(model)
     learned = add_heads(train[~held_out], fields) if args.heads else train[~held_out]
     inside, outside = (encode(tokenizer, papers, fields, args.max_length) for papers in (learned, train[held_out]))
-    shaping = (
-        "max_length",
-        "heads",
-        "dropout",
-        "epochs",
-        "batch_size",
-        "lr",
-        "warmup",
-        "weight_decay",
-        "patience",
-        "seed",
-    )
+    shaping = ("max_length", "heads", "dropout", "epochs", "batch_size", "lr", "warmup", "weight_decay", "patience")
+    shaping += ("seed",)
     settings = {"model": name, "fields": fields}
     settings |= {key: getattr(args, key) for key in shaping} | {"precision": accelerator.mixed_precision}
     settings |= {"train": record["train_fingerprint"], "held_out": common.fingerprint(train[held_out])}
@@ -155,7 +146,9 @@ def train_fold(accelerator, args, folder, train, held_out, fields, record):
             best.save_pretrained(part)
             tokenizer.save_pretrained(part)
 
-    done = training.fit(accelerator, model, inside, outside, losses, probs, save_best, folder, args, settings)
+    done = training.fit(
+        accelerator, model, inside, outside, losses, probs, save_best, folder, args, settings, others=others
+    )
     done["papers"] *= (~held_out).sum() / len(inside)  # a paper and its copies count as one
     return predict_with(accelerator, args, folder, outside, settings), done, settings
 
@@ -180,7 +173,7 @@ def predict_test(accelerator, args, folders, test, settings):
 
 def predict_only(accelerator, args, folder):
     """Score args.test with the models of a finished run, and put the result in the place of the earlier one."""
-    metrics = common.read_metrics(folder)
+    metrics = common.read_metrics(folder, fields=list, settings=dict)
     folders = [folder / name for name in metrics.get("settings", {}).get("folders", ["."])]
     if not metrics or not all((f / "best" / "model.safetensors").is_file() for f in folders):
         raise InputError(
@@ -189,9 +182,9 @@ def predict_only(accelerator, args, folder):
     test, settings = common.load_test(args, metrics["fields"]), metrics["settings"]
     probs, speed = predict_test(accelerator, args, folders, test, settings | {"fields": metrics["fields"]})
     if accelerator.is_main_process:
-        metrics["papers"] |= {"test": len(test), "test_fingerprint": common.fingerprint(test)}
-        common.save_results(folder, test, probs, metrics | {"predict_papers_per_second": speed})
+        metrics["papers"] |= common.test_record(test)
         common.write_submission(folder / "submit_task1.csv", test, probs >= 0.5, args.out_dir)
+        common.save_results(folder, test, probs, metrics | {"predict_papers_per_second": speed})
 
 
 def parse_args():
@@ -213,6 +206,7 @@ def parse_args():
     return args
 
 
+@training.resumable()
 def train_and_predict(accelerator, args, folder):
     """Train on the common split or on the folds, score held-out and test papers, write the folder's files."""
     train, test, fields = common.load_papers(args)
@@ -222,15 +216,17 @@ def train_and_predict(accelerator, args, folder):
         splits = {f"fold{k + 1}": numbers == k for k in range(args.folds)}
     else:
         splits = {".": common.split_papers(train, args.valid_ratio, args.seed)}
+    places = [folder / name for name in splits]
     probs, runs = np.zeros(len(train)), []
-    for name, held_out in splits.items():
+    for number, (name, held_out) in enumerate(splits.items()):
         if args.folds:
             log(f"{name} of {args.folds}")
-        result, done, settings = train_fold(accelerator, args, folder / name, train, held_out, fields, record)
+        others = [folder, *places[number + 1 :]]  # what follows a fold that begins anew is of an earlier run
+        result, done, settings = train_fold(accelerator, args, places[number], train, held_out, fields, record, others)
         probs[held_out] = result
         runs.append(done)
 
-    test_probs, speed = predict_test(accelerator, args, [folder / name for name in splits], test, settings)
+    test_probs, speed = predict_test(accelerator, args, places, test, settings)
     if not accelerator.is_main_process:
         return
     held_out, seconds = np.any(list(splits.values()), axis=0), sum(run["seconds"] for run in runs)
@@ -248,8 +244,8 @@ def train_and_predict(accelerator, args, folder):
         "versions": common.package_versions(),
         "device": training.describe(accelerator),
     }
-    common.save_results(folder, test, test_probs, metrics, train[held_out], probs[held_out])
     common.write_submission(folder / "submit_task1.csv", test, test_probs >= 0.5, args.out_dir)
+    common.save_results(folder, test, test_probs, metrics, train[held_out], probs[held_out])
     print(common.score_table([(args.name, values, f"{held_out.sum()} held out, {' '.join(fields)}")]))
 
 
@@ -257,7 +253,7 @@ def main():
     args = parse_args()
     accelerator = training.make_accelerator(args.precision)
     folder = args.out_dir / args.name
-    with common.locked(folder, accelerator.is_main_process):
+    with common.locked(folder, accelerator.is_main_process), training.model_advice():
         (predict_only if args.predict_only else train_and_predict)(accelerator, args, folder)
 
 

@@ -10,13 +10,16 @@ import codecs
 import csv
 import hashlib
 import html
+import itertools
 import json
 import os
+import re
 import shutil
 import sys
 import time
 import unicodedata
 from contextlib import ExitStack, contextmanager, suppress
+from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,6 +35,8 @@ except ImportError:  # Windows
 HERE = Path(__file__).resolve().parent
 FIELDS = ("title", "author", "abstract", "Keywords")
 REQUIRED = ("uuid", "title", "abstract")
+NUMBERS = itertools.count()
+MAX_COLUMNS = 1000
 MAX_CELL = 2**31 - 1  # the csv module's own limit, 128 KiB, is less than an abstract that lost its closing quote
 
 
@@ -48,16 +53,26 @@ def log(message):
 def run_script(main):
     """Run `main()` and turn the faults that a user can mend into one line on stderr and an exit code."""
     try:
-        return main()
+        result = main()
+        with naming("stdout"):
+            print(end="", flush=True)
+        return result
     except InputError as error:
         message, code = " ".join(str(error).split()), 2
+    except BrokenPipeError:  # who reads stdout or stderr has gone, as in `| head -1`
+        message, code = None, 141
     except OSError as error:  # disk full, no permission, ...
         message, code = f"{error.filename or 'input/output'}: {error.strerror or error}", 2
-    except KeyboardInterrupt:
-        message, code = "interrupted", 130
+    except KeyboardInterrupt as error:  # it may say how to go on
+        message, code = f"interrupted{'; ' if str(error) else ''}{error}", 130
     if os.environ.get("RANK", "0") != "0":
         time.sleep(3)  # what stops all processes is said by the first, and the launcher then ends this one
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
+    if message:
+        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
+    try:
+        print(end="", flush=True)
+    except OSError:  # what stdout didn't take Python would offer it again at the end, with a traceback
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     sys.exit(code)
 
 
@@ -67,30 +82,28 @@ def run_script(main):
 def clean(text):
     """Resolve HTML entities, compose characters (Unicode NFKC), make every run of white space one blank."""
     if "&" in text:
-        text = html.unescape(text)
+        with suppress(ValueError):  # a number of thousands of digits is no character
+            text = html.unescape(text)
     if not text.isascii():
         text = unicodedata.normalize("NFKC", text)
     return " ".join(text.split())
 
 
 def some(values, most=5):
-    """'3, 7, 9' or, of many, the first few and how many there are."""
-    values = [str(v)[:40] for v in values]
-    return ", ".join(values[:most]) + (f" … ({len(values)} in all)" if len(values) > most else "")
+    """'3, 7, 9' or, of many, the first few and how many there are; what can't be printed shows as U+FFFD."""
+    values = list(values)
+    shown = ["".join(c if c.isprintable() else "\ufffd" for c in str(v)[:40]) for v in values[:most]]
+    return ", ".join(shown) + (f" … ({len(values)} in all)" if len(values) > most else "")
 
 
 def detect_encoding(path):
     """The encoding of a text file: 'utf-8-sig', 'gb18030' or 'utf-16'. Raises InputError where it is no CSV text."""
     with open(path, "rb") as file:
         head = file.read(4096)
-    if not head.strip(b"\xef\xbb\xbf \t\r\n"):
-        raise InputError(f"{path} is empty: copy the file again")
     if head.startswith((b"PK\x03\x04", b"\xd0\xcf\x11\xe0")):
         raise InputError(f"{path} is an Excel workbook, whatever its name: in Excel, save it as 'CSV UTF-8'")
     if head.lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith((b"<!doctype", b"<html", b"<?xml", b"<head", b"<body")):
         raise InputError(f"{path} is a web page, no CSV: the download went wrong (often a log-in page), fetch it again")
-    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return "utf-16"
 
     def fault(encoding):
         """What keeps the file from being text in this encoding, None where nothing does."""
@@ -102,14 +115,23 @@ def detect_encoding(path):
         except UnicodeDecodeError as error:
             return f"byte 0x{error.object[error.start]:02x} is no {encoding.removesuffix('-sig').upper()}"
 
-    if not (why := fault("utf-8-sig")):
-        return "utf-8-sig"
+    def foreign(encoding):
+        """The characters beyond ASCII at the beginning of the file."""
+        with open(path, encoding=encoding, errors="replace", newline="") as file:
+            return [c for c in file.read(1 << 24) if not c.isascii()]
+
+    likely = "utf-16" if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+    if not (why := fault(likely)):
+        return likely
     # Both encodings accept some bytes of the other. Beyond ASCII, GB18030 read as UTF-8 is nearly all replacement
     # characters; UTF-8 with a few damaged bytes has few, and must not be taken for GB18030.
-    with open(path, encoding="utf-8", errors="replace", newline="") as file:
-        foreign = [c for c in file.read(1 << 24) if not c.isascii()]
-    if foreign.count("\ufffd") > 0.2 * len(foreign) and not fault("gb18030"):
-        return "gb18030"
+    read = foreign("utf-8")
+    if read.count("\ufffd") > 0.2 * len(read) and not fault("gb18030"):
+        # Latin-1 is valid GB18030 where each accented letter stands before a plain one, as if they were a pair. Of
+        # Chinese only rare characters are such pairs.
+        read = [c.encode("gb18030") for c in foreign("gb18030")]
+        if sum(pair[0] >= 0xC0 and pair[1] < 0x80 for pair in read) < 0.5 * len(read):
+            return "gb18030"
     raise InputError(f"{path} is damaged or in an unknown encoding ({why}): copy it again, or save it as 'CSV UTF-8'")
 
 
@@ -118,18 +140,20 @@ def read_cells(path):
     csv.field_size_limit(MAX_CELL)
     with open(path, encoding=detect_encoding(path), newline="") as file:
         first = file.readline()
-        delimiter = max(",;\t", key=first.count)  # a European Excel writes ';', its 'Unicode text' tabs
+        delimiter = max(",;\t|", key=first.count)  # a European Excel writes ';', its 'Unicode text' tabs
         file.seek(0)
         reader = csv.reader(file, delimiter=delimiter, strict=True)  # an open quote at the end is an error
         number, header, rows, numbers = 0, None, [], []
         try:
             for number, cells in enumerate(reader, 1):
-                if not any(cells):  # a blank line; spreadsheets leave rows of bare commas at the end
+                if not any(map(str.strip, cells)):  # a blank line; spreadsheets leave bare commas at the end
                     continue
                 if header is None:
                     header = cells
                     while not header[-1].strip():
                         header.pop()
+                    if len(header) > MAX_COLUMNS:
+                        raise InputError(f"{path}: the header (row {number}) has {len(header)} columns: no papers file")
                     continue
                 if len(cells) != len(header):
                     if len(cells) < len(header) or any(cells[len(header) :]):
@@ -141,7 +165,10 @@ def read_cells(path):
                 rows.append(cells)
                 numbers.append(number)
         except csv.Error as error:
-            raise InputError(f"{path}: row {number + 1}: {error}; mend the row or copy the file again") from None
+            what = str(error).replace("\t", "tab")
+            raise InputError(f"{path}: row {number + 1}: {what}; mend the row or copy the file again") from None
+    if header is None:
+        raise InputError(f"{path} is empty: copy the file again")
     return header, rows, numbers
 
 
@@ -155,7 +182,8 @@ def read_papers(path, labelled=False):
         raise InputError(f"{path}: no such file; see data/README.md for where the competition's files go")
     header, rows, numbers = read_cells(path)
     known = {name.casefold(): name for name in ("uuid", *FIELDS, *(["label"] if labelled else []))}
-    names = [known.get(name.strip().casefold(), name.strip()) for name in header]
+    names = [name.replace("\ufeff", "").strip() for name in header]  # two programs may have put a BOM in front
+    names = [known.get(name.casefold(), name) for name in names]
     required = [*REQUIRED, *(["label"] if labelled else [])]
     if missing := [name for name in required if name not in names]:
         found = some(names, 8)
@@ -167,15 +195,19 @@ def read_papers(path, labelled=False):
 
     columns = dict(zip(names, zip(*rows)))
     del rows
-    seen, repeated, empty = set(), [], []
+    seen, repeated, empty, broken = set(), [], [], []
     for number, uuid in zip(numbers, columns["uuid"]):
         if not uuid.strip():
             empty.append(number)
+        if "\n" in uuid or "\r" in uuid:
+            broken.append(number)
         if uuid in seen:
             repeated.append(f"{uuid} (row {number})")
         seen.add(uuid)
     if empty:
         raise InputError(f"{path}: column uuid is empty in row {some(empty)}; every paper needs one")
+    if broken:
+        raise InputError(f"{path}: column uuid holds a line break in row {some(broken)}; is a quote missing there?")
     if repeated:
         raise InputError(f"{path}: column uuid repeats {some(repeated)}; remove the copies")
     for name in FIELDS:
@@ -355,25 +387,48 @@ def score_table(rows):
 
 
 @contextmanager
+def naming(path):
+    """Put `path` into an OSError that names no file, as a full disk raises it, and make one of the errors that the
+    libraries written in Rust (safetensors, tokenizers) raise then.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+    except Exception as error:
+        if not (found := re.search(r"\(os error (\d+)\)", str(error))):
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
+
+
+@contextmanager
 def replacing(path):
     """Yield a path beside `path` to write a file or a folder to. When the block ends well it takes the place of `path`;
     when it doesn't, it is removed and whatever stood at `path` stays as it was.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    beside = path.with_name(f".{path.name}.{os.getpid()}-{next(NUMBERS)}.part")  # one may be written within another
     try:
-        yield beside
-        if beside.is_dir() and path.is_dir():
-            old = path.with_name(f".{path.name}.{os.getpid()}.old")
-            path.rename(old)
-            beside.rename(path)
-            shutil.rmtree(old)
-        else:
-            if beside.is_file():
-                with open(beside, "rb") as file:
-                    os.fsync(file.fileno())
-            os.replace(beside, path)
+        with naming(path):
+            yield beside
+            if beside.is_dir() and path.is_dir():
+                old = path.with_name(f".{path.name}.{os.getpid()}.old")
+                path.rename(old)
+                beside.rename(path)
+                shutil.rmtree(old)
+            else:
+                if beside.is_file():
+                    with open(beside, "rb") as file:
+                        os.fsync(file.fileno())
+                os.replace(beside, path)
+    except OSError as error:
+        if str(error.filename).startswith(str(beside)):
+            error.filename = str(path)
+        raise
     finally:
         shutil.rmtree(beside) if beside.is_dir() else beside.unlink(missing_ok=True)
 
@@ -394,12 +449,15 @@ def locked(folder, wanted=True):
             raise InputError(
                 f"{folder} is in use by process {file.read().strip()}: wait for it, or give another --out-dir"
             ) from None
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
-        for left in [*folder.glob(".*.part"), *folder.glob(".*.old")]:  # by a run that was killed while writing
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
         try:
+            with naming(file.name):
+                os.truncate(file.fileno(), 0)
+                os.write(file.fileno(), f"{os.getpid()}\n".encode())
+            for left in [*folder.rglob(".*.old")]:  # by a run that was killed between the two renames of replacing()
+                if not (home := left.with_name(left.name[1:].rsplit(".", 2)[0])).exists():
+                    left.rename(home)
+            for left in [*folder.rglob(".*.part"), *folder.rglob(".*.old")]:  # by a run that was killed while writing
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
             yield
         finally:
             if os.listdir(folder) == [".lock"]:  # refused before anything was written
@@ -439,6 +497,10 @@ def save_results(folder, test, test_probs, metrics, held_out=None, valid_probs=N
             save_predictions(valid_part, held_out["uuid"], valid_probs, held_out["label"])
         save_predictions(stack.enter_context(replacing(folder / "test.csv")), test["uuid"], test_probs)
         write_json(metrics_part, metrics)
+        # Killed between two renames, blend.py takes the folder for that of another test file; its model stays known.
+        papers = {name: value for name, value in metrics["papers"].items() if name != "test_fingerprint"}
+        write_json(half := folder / ".metrics.json.half.part", metrics | {"papers": papers})
+        os.replace(half, folder / "metrics.json")
 
 
 def read_test_labels(path, test):
@@ -466,7 +528,10 @@ def read_predictions(path):
     """Read what save_predictions wrote. Returns a DataFrame with uuid (str), (label: int,) prob (float)."""
     try:
         frame = pd.read_csv(path, dtype={"uuid": str, "prob": float}, keep_default_na=False)
-        return frame[["uuid", *(["label"] if "label" in frame else []), "prob"]]
+        frame = frame[["uuid", *(["label"] if "label" in frame else []), "prob"]]
+        if not frame["prob"].between(0, 1).all():
+            raise ValueError("a probability is not in [0, 1]")
+        return frame
     except (ValueError, KeyError) as error:
         raise InputError(f"{path} is damaged ({error}): run the script that writes it again") from None
 
@@ -480,9 +545,14 @@ def pick_keywords(test, out_dir):
     if "Keywords" in test:
         source, keywords = "the test file", test["Keywords"]
     elif extracted.is_file():
-        frame = pd.read_csv(extracted, dtype=str, keep_default_na=False)
         if read_metrics(extracted.parent).get("papers", {}).get("test_fingerprint") == fingerprint(test):
-            source, keywords = str(extracted), frame.set_index("uuid")["Keywords"].loc[test["uuid"]]
+            try:
+                frame = pd.read_csv(extracted, dtype=str, keep_default_na=False).fillna("").set_index("uuid")
+                source, keywords = str(extracted), frame["Keywords"].loc[test["uuid"]]
+            except (ValueError, KeyError):
+                raise InputError(f"{extracted} is damaged: run extract_keywords.py again") from None
+            if len(keywords) != len(test):
+                raise InputError(f"{extracted} repeats a uuid: run extract_keywords.py again")
         else:
             log(f"warning: {extracted} is of other test papers, not used: run extract_keywords.py again")
     return source, [cell or title for cell, title in zip(keywords, test["title"])]
@@ -498,28 +568,37 @@ def write_submission(path, test, labels, out_dir):
     log(f"wrote {path}: {len(test)} papers, {labels.sum()} with label 1, Keywords from {source}")
 
 
-def read_json(path):
-    """The content of a JSON file, {} where there is none."""
+def read_json(path, **types):
+    """The content of a JSON file, {} where there is none. Raises InputError for a damaged one and, with `types`, unless
+    it is an object with these names and types.
+    """
+    if not path.is_file():
+        return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError:
-        raise InputError(f"{path} is damaged: run the script that writes it again") from None
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is damaged ({error}): run the script that writes it again") from None
+    if types and not isinstance(value, dict):
+        raise InputError(f"{path} is damaged (no object): run the script that writes it again")
+    if wrong := [name for name, kind in types.items() if not isinstance(value.get(name), kind)]:
+        raise InputError(f"{path} is damaged ({some(wrong)}): run the script that writes it again")
+    return value
 
 
-def read_metrics(folder):
-    """The content of folder/metrics.json, {} where there is none."""
-    return read_json(Path(folder) / "metrics.json")
+def read_metrics(folder, **types):
+    """The content of folder/metrics.json, {} where there is none; `types` as in read_json."""
+    return read_json(Path(folder) / "metrics.json", papers=dict, **types)
+
+
+def test_record(test):
+    """What metrics.json says of the test papers: their number, and a fingerprint by which blend.py knows them again."""
+    return {"test": len(test), "test_fingerprint": fingerprint(test)}
 
 
 def paper_record(train, test, held_out):
-    """What metrics.json says of the papers: counts, and fingerprints by which blend.py knows them again."""
-    return {
-        "train": len(train),
-        "held_out": int(held_out),
-        "test": len(test),
-        "train_fingerprint": fingerprint(train),
-        "test_fingerprint": fingerprint(test),
-    }
+    """What metrics.json says of all papers."""
+    counts = {"train": len(train), "held_out": int(held_out), "train_fingerprint": fingerprint(train)}
+    return counts | test_record(test)
 
 
 def package_versions():
@@ -552,17 +631,49 @@ def package_folder(package, inside=""):
     return Path(spec.submodule_search_locations[0]) / inside
 
 
-def hub_options(name):
-    """Arguments for from_pretrained: run no code of the model's directory, and don't retry without network."""
-    options = {"trust_remote_code": False}
-    if not Path(name).is_dir():
-        from huggingface_hub import HfApi
+def check_folder(folder):
+    """Raise InputError where a model's or an adapter's directory (Path) leads out of itself, by a link or by a file
+    name in a weight index. In a snapshot of the hub's cache links to its blobs are in order.
+    """
+    root = folder.resolve()
+    homes = [root, root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [root]
+    for path in [*folder.glob("*"), *folder.glob("*/*")]:
+        if not any((target := path.resolve()).is_relative_to(home) for home in homes):
+            raise InputError(f"{path} is a link out of the directory, to {target}: put the file itself there")
+    for index in folder.glob("*.index.json"):
+        names = read_json(index, weight_map=dict)["weight_map"].values()
+        if wrong := [name for name in dict.fromkeys(map(str, names)) if Path(name).name != name]:
+            raise InputError(f"{index} names files that are not beside it: {some(wrong)}; download it again")
 
-        try:
-            HfApi().model_info(name, timeout=5)
-        except Exception:  # no network, or no such model: from_pretrained then looks into the cache and tells which
-            options["local_files_only"] = True
+
+@cache
+def hub_has(name):
+    """Whether the hub is in reach and has a model of this name; asked once."""
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().model_info(name, timeout=3)  # its library asks for another page first, for 3 s, too
+    except Exception:
+        return False
+    return True
+
+
+def hub_options(name):
+    """Arguments for from_pretrained: run no code of the model's directory, and don't retry without network. Raises
+    InputError for a directory that leads out of itself.
+    """
+    options = {"trust_remote_code": False}
+    if Path(name).is_dir():
+        check_folder(Path(name))
+    elif not hub_has(name):  # from_pretrained then looks into the cache, and tells which of the two it is
+        options["local_files_only"] = True
     return options
+
+
+def is_out_of_memory(error):
+    """Whether memory ran out, as Python, torch on a CPU and torch on a GPU tell it."""
+    kind = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return kind or "can't allocate memory" in str(error)
 
 
 @contextmanager
@@ -573,7 +684,11 @@ def explain_loading(flag, name):
     except InputError:
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         what = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if "custom code" in what or "Weights only load failed" in what:
+            what = "it brings program code, which isn't run: take an edition with safetensors that needs none"
         raise InputError(
             f"{flag} {name} can't be loaded ({what}): give a local directory, or a hub name with the hub in reach "
             "(a mirror: HF_ENDPOINT=https://hf-mirror.com), or --model embedded"
@@ -612,8 +727,8 @@ def data_dir():
     return HERE / "data" if (HERE / "data" / "train.csv").is_file() else HERE / "data" / "sample"
 
 
-def arg_parser(doc):
-    """An ArgumentParser with the flags that every script shares."""
+def arg_parser(doc, split=True):
+    """An ArgumentParser with the flags that every script shares; --fields and --valid-ratio only with `split`."""
     parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     group = parser.add_argument_group("papers and output")
     add = group.add_argument
@@ -622,8 +737,9 @@ def arg_parser(doc):
     out_dir = Path(os.environ.get("OUT_DIR") or HERE / "outputs")
     add("--out-dir", type=Path, default=out_dir, metavar="DIR", help="default: %(default)s")
     fields = "what the models read, less what either file lacks; default: " + " ".join(FIELDS)
-    add("--fields", nargs="+", choices=FIELDS, metavar="F", help=fields)
-    add("--valid-ratio", type=share, default=0.1, metavar="R", help="held-out share of train, default %(default)s")
+    if split:
+        add("--fields", nargs="+", choices=FIELDS, metavar="F", help=fields)
+        add("--valid-ratio", type=share, default=0.1, metavar="R", help="held-out share of train, default %(default)s")
     add("--seed", type=int, default=42, help="default %(default)s")
     add("--limit", type=whole, metavar="N", help="only the first N papers of train and of test, for a quick look")
     return parser

@@ -23,7 +23,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from tqdm import tqdm
 from transformers import GenerationConfig, GlmConfig, GlmForCausalLM, PreTrainedTokenizerFast
 
-from common import InputError, Parser, log, replacing, run_script, some, write_json
+from common import InputError, Parser, check_folder, log, replacing, run_script, some, write_json
 
 # Config keys that change the maths: the value that GlmForCausalLM computes, and the published default.
 FLAGS = {
@@ -346,6 +346,7 @@ def main():
     args = parse_args()
     if args.out_dir.is_file() or args.out_dir.is_dir() and any(args.out_dir.iterdir()):
         raise InputError(f"{args.out_dir} is there already: remove it or give another OUT_DIR")
+    check_folder(args.source)
     config = convert_config(args.source)
     shards = find_shards(args.source)
     tokenizer = build_tokenizer(args.source / "tokenizer.model")

@@ -169,8 +169,8 @@ def parse_args():
     return args
 
 
-def main():
-    args = parse_args()
+def extract(args, folder):
+    """Score keywords out of fold, choose those of the test papers, and write the files."""
     started = time.perf_counter()
     train, test, counts = read_both(args)
     labelled = np.flatnonzero(counts)
@@ -190,7 +190,6 @@ def main():
         for paper, title in enumerate(test["title"], len(train))
     ]
     seconds = time.perf_counter() - started
-    folder = args.out_dir / "keywords"
     columns = {"uuid": test["uuid"].tolist(), "Keywords": cells}
     metrics = {
         "scores": values,
@@ -209,6 +208,13 @@ def main():
     log(f"wrote {args.submit}: {len(test)} papers, {sum(c.count(';') + 1 for c in cells)} keywords")
     print("  ".join(f"{name} {value:.4f}" for name, value in values.items()))
     print(f"{len(labelled)} papers out of fold, {' '.join(metrics['fields'])}; threshold {threshold}, {seconds:.1f} s")
+
+
+def main():
+    args = parse_args()
+    folder = args.out_dir / "keywords"
+    with common.locked(folder):
+        extract(args, folder)
 
 
 if __name__ == "__main__":

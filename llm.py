@@ -60,14 +60,14 @@ def load_llm(name, accelerator):
     """
     with accelerator.main_process_first():
         place = str(embedded_folder()) if name == "embedded" else name
-    if common.read_json(Path(place) / "config.json").get("model_type") == "chatglm":
-        raise InputError(
-            f"--model {name} is ChatGLM as published, which needs code that is 3 years old: run python "
-            f"convert_chatglm2.py {name} {name.rstrip('/')}-plain, then give --model {name.rstrip('/')}-plain"
-        )
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
     with common.explain_loading("--model", name):
         options = common.hub_options(place)
+        if common.read_json(Path(place) / "config.json").get("model_type") == "chatglm":
+            raise InputError(
+                f"--model {name} is ChatGLM as published, which needs code that is 3 years old: run python "
+                f"convert_chatglm2.py {name} {name.rstrip('/')}-plain, then give --model {name.rstrip('/')}-plain"
+            )
         tokenizer = AutoTokenizer.from_pretrained(place, **options)
         config = AutoConfig.from_pretrained(place, **options)
         for key in ("attention_dropout", "attn_pdrop"):  # only without it are the fused attention kernels used

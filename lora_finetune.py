@@ -31,7 +31,7 @@ def read_items(path, source):
     files = [path, path.with_name(f"{path.stem}_valid.json"), path.with_name(f"{path.stem}_source.json")]
     if missing := [file for file in files if not file.is_file()]:
         raise InputError(f"{missing[0]}: no such file; run make_llm_data.py first, with the same flags")
-    train, held_out, made_of = map(common.read_json, files)
+    train, held_out, made_of = *map(common.read_json, files[:2]), common.read_json(files[2], fields=list)
     if changed := common.differences(made_of, source):
         raise InputError(f"{path} is not of these papers and flags ({changed}): run make_llm_data.py again")
     for file, items in zip(files, (train, held_out)):
@@ -99,6 +99,7 @@ def parse_args():
     return parser.parse_args()
 
 
+@training.resumable()
 def train_adapter(accelerator, args, folder):
     """Train on paper_label.json, and leave adapter and record in folder."""
     train, _, fields = common.load_papers(args)
@@ -160,7 +161,7 @@ def main():
     args = parse_args()
     accelerator = training.make_accelerator(args.precision)
     folder = args.out_dir / args.name
-    with common.locked(folder, accelerator.is_main_process):
+    with common.locked(folder, accelerator.is_main_process), training.model_advice():
         train_adapter(accelerator, args, folder)
 
 

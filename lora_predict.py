@@ -6,11 +6,13 @@
 
 In: train.csv, test.csv, outputs/lora/best/. Out, under outputs/lora/: valid.csv, test.csv, metrics.json,
 submit_task1.csv; of an untrained model under outputs/untrained/, without valid.csv, so that blend.py leaves it out.
-Probabilities are kept as they come: a killed run goes on where it stopped when the same command is given again.
+Probabilities are kept as they come: a killed run goes on where it stopped when the same command is given again. The
+adapter of a training that isn't finished is used only where --adapter names it.
 """
 
 import hashlib
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +29,9 @@ def read_kit(folder):
     for name in ("kit.json", "adapter_config.json", "adapter_model.safetensors"):
         if not (folder / name).is_file():
             raise InputError(f"{folder} holds no {name}: run lora_finetune.py first, or give --adapter, --name or none")
-    return common.read_json(folder / "kit.json")
+    common.check_folder(folder)
+    types = {"model": str, "prompt": str, "instruction": str, "fields": list, "answers": list, "train": str}
+    return common.read_json(folder / "kit.json", settings=dict, **types)
 
 
 def load_scorer(args, folder, kit, accelerator):
@@ -66,7 +70,8 @@ class Partial:
         for path in sorted(folder.glob("partial-*.txt")):
             first, *lines = path.read_text().split("\n")
             if first == key:  # what follows the last line's end was cut off
-                self.done |= {int(place): float(prob) for place, prob in (line.split() for line in lines[:-1])}
+                with suppress(ValueError):  # a damaged line: what it and the next ones say is scored again
+                    self.done.update((int(place), float(prob)) for place, prob in map(str.split, lines[:-1]))
         self.key, self.path = key, folder / f"partial-{rank}.txt"
         self.file = None
 
@@ -75,8 +80,9 @@ class Partial:
             with common.replacing(self.path) as part:
                 part.write_text("\n".join([self.key, *(f"{i} {prob!r}" for i, prob in self.done.items()), ""]))
             self.file = open(self.path, "a")
-        self.file.writelines(f"{place} {prob!r}\n" for place, prob in zip(batch, probs))
-        self.file.flush()
+        with common.naming(self.path):
+            self.file.writelines(f"{place} {prob!r}\n" for place, prob in zip(batch, probs))
+            self.file.flush()
 
     def remove(self):
         for path in self.folder.glob("partial-*.txt"):
@@ -117,6 +123,7 @@ def choose_papers(args, kit, adapter):
     return train, train[common.split_papers(train, split["valid_ratio"], split["seed"])], test, fields
 
 
+@training.resumable("the same command goes on")
 def predict(args, accelerator, folder, adapter, kit, train, held_out, test, fields):
     """Score the papers, write the folder's files and print the table."""
     args.max_length = args.max_length or kit["settings"].get("max_length") or llm.default_length(kit["model"])
@@ -144,14 +151,18 @@ def predict(args, accelerator, folder, adapter, kit, train, held_out, test, fiel
     if not accelerator.is_main_process:
         return
     valid_probs, test_probs = np.split(probs, [len(papers) - len(test)])
-    metrics = common.read_metrics(folder) if train is None else common.read_json(folder / "training.json")
-    counts = common.paper_record(test if train is None else train, test, len(valid_probs))
-    if train is None:  # what is said of training and held-out papers stays
-        counts = metrics.get("papers", {}) | {name: counts[name] for name in ("test", "test_fingerprint")}
+    settings = kit["settings"] | {"model": kit["model"], "adapter": weights}
+    metrics = common.read_metrics(folder)
+    if train is not None:
+        metrics = common.read_json(adapter.parent / "training.json", trained_on=str) if adapter else {}
+        metrics["papers"] = common.paper_record(train, test, len(valid_probs))
+    elif metrics.get("settings") == settings:  # what is said of training and held-out papers stays
+        metrics["papers"] |= common.test_record(test)
+    else:
+        metrics = {"papers": common.test_record(test)}
     metrics |= {
-        "papers": counts,
         "fields": fields,
-        "settings": kit["settings"] | {"model": kit["model"]},
+        "settings": settings,
         "predict_papers_per_second": round(speed, 3),
         "peak_memory_mb": training.peak_memory_mb(accelerator),
         "versions": common.package_versions(),
@@ -165,8 +176,10 @@ def predict(args, accelerator, folder, adapter, kit, train, held_out, test, fiel
     if answers is not None:
         note = f"{len(test)} test papers, {' '.join(fields)}"
         table.append((f"{folder.name}, test", scores(answers, test_probs), note))
-    common.save_results(folder, test, test_probs, metrics, held_out if adapter else None, valid_probs)
+    if "scores" not in metrics or not adapter:  # held-out papers scored by another model
+        (folder / "valid.csv").unlink(missing_ok=True)
     common.write_submission(folder / "submit_task1.csv", test, test_probs >= 0.5, args.out_dir)
+    common.save_results(folder, test, test_probs, metrics, held_out if adapter else None, valid_probs)
     partial.remove()
     if table:
         print(common.score_table(table))
@@ -179,8 +192,13 @@ def main():
     folder = args.out_dir / (args.name or ("untrained" if untrained else "lora"))
     adapter = None if untrained else Path(args.adapter or folder / "best")
     kit = {"model": llm.find_model(args.model or "auto"), "settings": {}} if untrained else read_kit(adapter)
+    if not (args.adapter or (folder / "training.json").is_file()):
+        raise InputError(
+            f"{folder} holds a training that isn't finished: run lora_finetune.py --resume, or, to take it as it is, "
+            f"give --adapter {adapter}"
+        )
     train, held_out, test, fields = choose_papers(args, kit, adapter)
-    with common.locked(folder, accelerator.is_main_process):
+    with common.locked(folder, accelerator.is_main_process), training.model_advice():
         predict(args, accelerator, folder, adapter, kit, train, held_out, test, fields)
 
 

@@ -24,7 +24,6 @@ STAGES = (
     {"max_iter": 60, "learning_rate": 0.12, "max_leaf_nodes": 31},
     {"max_iter": 250, "learning_rate": 0.05, "max_leaf_nodes": 15},
 )
-BAGS = 2  # models of the second stage, averaged
 KEPT = 60  # candidates a paper that reach the second stage
 NEGATIVES = (0.15, 0.5)  # share of the wrong candidates that each stage learns from
 
@@ -273,5 +272,5 @@ def fit_predict(corpus, fitted, asked, seed):
     np.maximum.at(best, paper, prob)
     more = (prob, place, prob / (beside[:, 0] + 1e-4), total[paper], prob / best[paper])
     x = np.column_stack([x, beside, *more]).astype(np.float32)
-    bags = [fit_trees(x[learn], hit[learn], NEGATIVES[1], STAGES[1], seed + i)(x[~learn]) for i in range(BAGS)]
-    return paper[~learn], phrase[~learn], np.mean(bags, axis=0)
+    predict = fit_trees(x[learn], hit[learn], NEGATIVES[1], STAGES[1], seed)
+    return paper[~learn], phrase[~learn], predict(x[~learn])

@@ -122,12 +122,13 @@ def settings_section(metrics):
 
 def keyword_sections(folder, metrics):
     """Scores of extract_keywords.py, if it has run on these test papers."""
-    found, first = common.read_metrics(folder / "keywords"), next(iter(metrics.values()))
+    types = {"scores": dict, "papers_per_second": (int, float), "fields": list}
+    found, first = common.read_metrics(folder / "keywords", **types), next(iter(metrics.values()))
     papers = found.get("papers", {})
     if found and papers.get("test_fingerprint") == first["papers"]["test_fingerprint"]:
         header = [*(name.replace("_", " ") for name in found["scores"]), "papers/s"]
         cells = [*map(number, found["scores"].values()), number(found["papers_per_second"], 1)]
-        text = f"Of extract_keywords.py, out of fold on {papers['held_out']:,} papers, {' '.join(found['fields'])}."
+        text = f"Of extract_keywords.py, out of fold on {papers.get('held_out')} papers, {' '.join(found['fields'])}."
         yield Section("Keywords", text, header, [cells])
 
 

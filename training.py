@@ -11,6 +11,7 @@ so a resumed run draws the same ones.
 
 import json
 import math
+import os
 import shutil
 import sys
 import time
@@ -32,6 +33,7 @@ warnings.filterwarnings("ignore", category=FutureWarning)
 transformers.logging.set_verbosity_error()  # what matters of it is said by the kit, in a line
 transformers.logging.disable_progress_bar()
 
+LAST = "last.safetensors"
 POOL = 50  # batches that are sorted by length together: enough for like lengths, few enough to keep the order random
 
 
@@ -59,7 +61,9 @@ def make_accelerator(precision="auto"):
         precision = ("bf16" if torch.cuda.is_bf16_supported() else "fp16") if cuda else "fp32"
     if precision == "fp16" and not torch.cuda.is_available():
         raise InputError("--precision fp16 needs CUDA: use fp32 or bf16")
-    return Accelerator(mixed_precision="no" if precision == "fp32" else precision)
+    # Without being told so, accelerate takes each of several processes on a CPU for the only one.
+    cpu = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available()
+    return Accelerator(mixed_precision="no" if precision == "fp32" else precision, cpu=cpu)
 
 
 def describe(accelerator):
@@ -104,24 +108,43 @@ def rate(step, steps, warmup, shape):
     return 1 - done if shape == "linear" else 0.5 * (1 + math.cos(math.pi * done))
 
 
-def is_out_of_memory(error):
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
 @contextmanager
-def memory_advice(args, processes=1):
-    """Turn running out of memory into one line that names the flag and the value to try."""
+def memory_advice(advice):
+    """Turn running out of memory into one line. `advice`: what to say after "out of memory"."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not (isinstance(error, MemoryError) or is_out_of_memory(error)):
+        if not common.is_out_of_memory(error):
             raise
-        at_once = args.batch_size // (args.accumulate * processes)
-        if at_once > 1:
-            advice = f"--accumulate {args.accumulate * 2} (same result) or --batch-size {args.batch_size // 2}"
-        else:
-            advice = f"--max-length {args.max_length // 2}, or a smaller --model"
-        raise InputError(f"out of memory with {max(1, at_once)} papers at a time: try {advice}") from None
+        raise InputError(f"out of memory {advice}") from None
+
+
+def model_advice():
+    """memory_advice for all that is neither a step nor a prediction: the model itself is too large."""
+    return memory_advice("for the model itself: end what else holds memory (nvidia-smi), or give a smaller --model")
+
+
+def step_advice(args, processes=1):
+    """memory_advice for a training step: the flag and the next value to try."""
+    at_once = args.batch_size // (args.accumulate * processes)
+    if at_once > 1:
+        advice = f"--accumulate {args.accumulate * 2} (same result) or --batch-size {args.batch_size // 2}"
+    else:
+        advice = f"--max-length {args.max_length // 2}, or a smaller --model"
+    return memory_advice(f"with {max(1, at_once)} papers at a time: try {advice}")
+
+
+@contextmanager
+def resumable(how="the same command with --resume goes on"):
+    """Say how to go on after Ctrl-C, and after the death of another process of the run."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(how) from None
+    except RuntimeError as error:
+        if "by peer" not in str(error):  # connection closed or reset by peer
+            raise
+        raise InputError(f"another process of this run died; {how}") from None
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
@@ -162,8 +185,13 @@ def load_state(path, model, optimizer):
                         optimizer.state[weight][key] = file.get_tensor(f"{key}/{name}").to(weight.device)
 
 
-def scaler_state(accelerator):
-    return accelerator.scaler.state_dict() if accelerator.scaler else None
+def clear(folder):
+    """Remove what an earlier run left in a folder, the state and the records of a finished run first: killed in
+    between, what is left is not taken for a run.
+    """
+    for name in (LAST, "metrics.json", "training.json", "valid.csv", "test.csv", "submit_task1.csv", "log.csv"):
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / "best", ignore_errors=True)
 
 
 def progress(accelerator, total, words, done=0):
@@ -176,11 +204,14 @@ def progress(accelerator, total, words, done=0):
 # ---- training --------------------------------------------------------------------------------------------------------
 
 
-def fit(accelerator, model, train, held_out, losses, probs, save_best, folder, args, settings, shape="linear"):
+def fit(
+    accelerator, model, train, held_out, losses, probs, save_best, folder, args, settings, shape="linear", others=()
+):
     """Train, keep the best epoch by F1 on the held-out papers (then by log-loss), and stop early.
 
     train, held_out: lists of papers. save_best(model) writes the best checkpoint. folder: where last.safetensors and
     log.csv go. settings: dict (JSON) of all that shapes the result, which a resumed run must share. shape: see rate().
+    others: folders that are cleared with `folder` when the run begins anew.
     Returns a dict with history (a dict an epoch), seconds and papers (both of the training steps alone).
     """
     if not args.accumulate:
@@ -197,17 +228,21 @@ def fit(accelerator, model, train, held_out, losses, probs, save_best, folder, a
     ]
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=args.lr, fused=True)
 
-    last, settings = folder / "last.safetensors", json.loads(json.dumps(settings))
+    last, settings = folder / LAST, json.loads(json.dumps(settings))
     state = read_state(last) if args.resume else None
     if state is None:
         if accelerator.is_main_process:  # what an earlier run left must not be taken for this one's
-            last.unlink(missing_ok=True)
-            shutil.rmtree(folder / "best", ignore_errors=True)
+            last.unlink(missing_ok=True)  # before all else: --resume then begins anew, too, and clears the rest
+            for place in (*others, folder):
+                clear(place)
         state = {"settings": settings, "epoch": 0, "batch": 0, "loss": 0.0, "seconds": 0.0, "papers": 0, "history": []}
         state |= {"scaler": None, "finished": False}
     elif state["settings"] != settings:
         changed = common.differences(state["settings"], settings)
-        raise InputError(f"--resume: {folder} holds a run with other settings or papers: {changed}; give the old ones")
+        raise InputError(
+            f"--resume: {folder} holds a run with other settings or papers: {changed}; give the old ones, "
+            "or leave --resume out"
+        )
     else:
         load_state(last, model, optimizer)
     parallel, stepper = accelerator.prepare(model, optimizer)  # `model` itself stays in use to predict and to save
@@ -222,6 +257,10 @@ def fit(accelerator, model, train, held_out, losses, probs, save_best, folder, a
 
     def rank_of(epoch):
         return epoch["f1"], -epoch["log_loss"]
+
+    def save_last():
+        scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
+        save_state(last, model, optimizer, state | {"scaler": scaler})
 
     def over():
         best = max(range(len(state["history"])), key=lambda i: rank_of(state["history"][i]), default=0)
@@ -239,7 +278,7 @@ def fit(accelerator, model, train, held_out, losses, probs, save_best, folder, a
             torch.manual_seed(args.seed + 1_000_003 * step + 7919 * rank)
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * rate(step, steps, args.warmup, shape)
-            with memory_advice(args, processes):
+            with step_advice(args, processes):
                 for i in range(rank, pieces, processes):
                     # Every process must take part in each backward pass: without a paper of its own, with one that
                     # counts nothing.
@@ -267,7 +306,7 @@ def fit(accelerator, model, train, held_out, losses, probs, save_best, folder, a
             state["seconds"] += time.perf_counter() - started
             if overdue and place + 1 < epoch_steps:
                 if accelerator.is_main_process:
-                    save_state(last, model, optimizer, state | {"scaler": scaler_state(accelerator)})
+                    save_last()
                 saved = time.perf_counter()
             started = time.perf_counter()
         bar.close()
@@ -287,7 +326,7 @@ def fit(accelerator, model, train, held_out, losses, probs, save_best, folder, a
                 save_best(model)
             history = state["history"]
             common.write_csv(folder / "log.csv", {key: [row[key] for row in history] for key in history[0]})
-            save_state(last, model, optimizer, state | {"scaler": scaler_state(accelerator)})
+            save_last()
     accelerator.wait_for_everyone()
     return {key: state[key] for key in ("history", "seconds", "papers")}
 
@@ -295,7 +334,7 @@ def fit(accelerator, model, train, held_out, losses, probs, save_best, folder, a
 def predict(accelerator, model, papers, probs, batch_size, done=None, keep=None):
     """P(label = 1) of every paper, in their order: float array [papers]. Each paper is scored once, by one process.
     Where memory runs out the batch is halved. `done`: {place of a paper: probability} of an earlier run, not scored
-    again; `keep(batch, probabilities)` is called after each batch.
+    again; `keep(batch, probabilities)` is called after each batch. Raises InputError where not even one paper fits.
     """
     if accelerator.device.type != "cuda":
         batch_size = min(batch_size, 4)  # what the caches of a CPU hold
@@ -315,8 +354,12 @@ def predict(accelerator, model, papers, probs, batch_size, done=None, keep=None)
             with torch.no_grad():
                 found[0, batch] = probs(model, [papers[i] for i in batch]).float()
         except RuntimeError as error:
-            if not is_out_of_memory(error) or len(batch) == 1:
+            if not common.is_out_of_memory(error):
                 raise
+            if len(batch) == 1:
+                tokens = len(papers[batch[0]]["input_ids"])
+                advice = f"try --max-length {tokens // 2}, or a smaller --model"
+                raise InputError(f"out of memory with 1 paper of {tokens} tokens: {advice}") from None
             failed = True  # what the error holds is freed only after this block
         if failed:
             torch.cuda.empty_cache()

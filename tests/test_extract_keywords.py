@@ -21,7 +21,6 @@ def rows(folder, name="outputs/keywords/test.csv"):
 @pytest.fixture
 def few_trees(monkeypatch):
     """Fewer and smaller models: what these tests assert holds for any."""
-    monkeypatch.setattr(ranker, "BAGS", 1)
     monkeypatch.setattr(ranker, "STAGES", tuple({**stage, "max_iter": 12} for stage in ranker.STAGES))
 
 

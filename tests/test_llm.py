@@ -1,60 +1,24 @@
 import json
-import os
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import KIT, SAMPLE
+from conftest import SAMPLE, TWO_PROCESSES, make_llm, start
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import common
 import llm
 import lora_predict
 import training
 
-CHAT = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 TINY = ["--epochs", "2", "--batch-size", "4", "--max-length", "200", "--lr", "0.01", "--fields", "title"]
-
-
-def make_llm(folder, chat=True):
-    """A tiny random Llama with a byte-level BPE tokenizer of the sample's words."""
-    texts = common.build_text(common.read_papers(SAMPLE / "train.csv"), ["title", "abstract"])
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    special = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=600, special_tokens=special, initial_alphabet=alphabet)
-    )
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|pad|>")
-    if chat:
-        tokenizer.chat_template = CHAT
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = LlamaConfig(vocab_size=len(tokenizer), num_key_value_heads=2, max_position_embeddings=1024, **sizes)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture(scope="session", params=["chat", "plain"])
 def tiny(request, tmp_path_factory):
     return make_llm(tmp_path_factory.mktemp(request.param), request.param == "chat")
-
-
-@pytest.fixture(scope="session")
-def tiny_llm(tmp_path_factory):
-    return make_llm(tmp_path_factory.mktemp("llm"))
 
 
 def load(folder):
@@ -205,19 +169,17 @@ def test_whole_run(kit, tmp_path, tiny_llm, method):
     assert kit("blend.py", "--fields", "title").returncode == 0
 
 
-def test_untrained_model_and_predict_only(kit, tmp_path, tiny_llm):
+def test_untrained_model_and_predict_only(kit, tmp_path, tiny_llm, test_b):
     done = kit("lora_predict.py", "--adapter", "none", "--model", tiny_llm, "--fields", "title")
     assert done.returncode == 0 and "untrained, test" in done.stdout
     assert not (tmp_path / "outputs/untrained/valid.csv").exists(), "blend must leave it out"
     train_and_predict(kit, tiny_llm)
     valid = (tmp_path / "outputs/lora/valid.csv").read_bytes()
     before = common.read_predictions(tmp_path / "outputs/lora/test.csv").set_index("uuid")["prob"]
-    test = pd.read_csv(SAMPLE / "test.csv", dtype=str, keep_default_na=False).iloc[::-1].head(7)
-    test.to_csv(tmp_path / "testB.csv", index=False)
     done = kit("lora_predict.py", "--predict-only", "--test", "testB.csv")
     assert done.returncode == 0, done.stderr
     after = common.read_predictions(tmp_path / "outputs/lora/test.csv").set_index("uuid")["prob"]
-    assert after.index.tolist() == test["uuid"].tolist() and np.allclose(after, before[after.index], atol=1e-4)
+    assert after.index.tolist() == test_b["uuid"].tolist() and np.allclose(after, before[after.index], atol=1e-4)
     assert (tmp_path / "outputs/lora/valid.csv").read_bytes() == valid
     assert kit("blend.py", "--test", "testB.csv", "--fields", "title").returncode == 0
 
@@ -303,45 +265,28 @@ def test_no_logits_but_the_answers(tiny_llm, items):
     assert shapes == [(3, 2, len(tokenizer)), (3, 1, len(tokenizer))]
 
 
-def start(script, folder, *flags, launcher=()):
-    command = [sys.executable, *launcher, KIT / script, "--out-dir", folder, "--fields", "title", *flags]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "DATA_DIR": str(SAMPLE)}
-    return subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True, env=environment, cwd=folder)
-
-
-@pytest.mark.slow
-def test_killed_and_resumed_equals_uninterrupted(kit, tmp_path, tiny_llm):
-    for name in ("whole", "cut"):
-        (tmp_path / name).mkdir()
-        kit("make_llm_data.py", "--fields", "title", "--out-dir", tmp_path / name)
-    train = ["--model", tiny_llm, *TINY]
-    whole = start("lora_finetune.py", tmp_path / "whole", *train)
-    cut = start("lora_finetune.py", tmp_path / "cut", *train, "--save-minutes", "0")
-    while not (tmp_path / "cut/lora/last.safetensors").exists() and cut.poll() is None:
-        time.sleep(0.002)
-    cut.kill()
-    cut.communicate()
-    resumed = start("lora_finetune.py", tmp_path / "cut", *train, "--resume")
-    assert "resumed after" in resumed.communicate()[1] and resumed.returncode == 0
-    assert whole.communicate() and whole.returncode == 0
-    for name in ("best/adapter_model.safetensors", "log.csv"):
-        assert (tmp_path / "whole/lora" / name).read_bytes() == (tmp_path / "cut/lora" / name).read_bytes()
-
-
 @pytest.mark.slow
 def test_two_processes_equal_one(kit, tmp_path, tiny_llm):
-    launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
-    launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    limit = ["--limit", "37"]
-    for name, how in (("one", ()), ("two", launcher)):
-        (tmp_path / name).mkdir()
-        kit("make_llm_data.py", "--fields", "title", "--out-dir", tmp_path / name, *limit)
-        for script, flags in (("lora_finetune.py", ["--model", tiny_llm, *TINY]), ("lora_predict.py", [])):
-            process = start(script, tmp_path / name, *flags, *limit, launcher=how)
-            assert process.communicate()[1].count("wrote ") == 1 and process.returncode == 0
+    """37 test and 4 held-out papers divide by nothing."""
+    flags = ["--fields", "title", "--limit", "37"]
+    train = ["--model", tiny_llm, *TINY, "--limit", "37"]
+    (tmp_path / "two").mkdir()
+    kit("make_llm_data.py", *flags, "--out-dir", tmp_path / "two")
+    for script, more in (("lora_finetune.py", train), ("lora_predict.py", flags)):
+        process = start(script, tmp_path / "two", *more, launcher=TWO_PROCESSES)
+        stderr = process.communicate()[1]
+        assert process.returncode == 0 and "× 2 processes" in stderr and stderr.count("wrote ") == 1, stderr
+    kit("make_llm_data.py", *flags)
+    assert kit("lora_finetune.py", *train).returncode == 0
+    assert kit("lora_predict.py", *flags).returncode == 0
+    again = ["lora_predict.py", *flags, "--adapter", tmp_path / "two/lora/best", "--name", "again"]
+    assert kit(*again).returncode == 0
     for name in ("valid.csv", "test.csv"):
-        one, two = (common.read_predictions(tmp_path / side / "lora" / name) for side in ("one", "two"))
-        assert one["uuid"].tolist() == two["uuid"].tolist() and np.allclose(one["prob"], two["prob"], atol=1e-4)
+        folders = (tmp_path / place for place in ("two/lora", "outputs/lora", "outputs/again"))
+        two, one, again = (common.read_predictions(folder / name) for folder in folders)
+        assert two["uuid"].tolist() == one["uuid"].tolist() == again["uuid"].tolist()
+        assert np.allclose(one["prob"], two["prob"], atol=1e-4)
+        assert np.allclose(again["prob"], two["prob"], atol=1e-5), "the same adapter"
 
 
 @pytest.mark.slow

@@ -216,8 +216,7 @@ def test_the_strongest_words_are_those_of_the_model(papers, name):
     blocks = baseline.count_ngrams(planted, ["title", "abstract"], (1, 1))
     settings = {"features": "bow", "model": name, "strength": baseline.STRENGTH[name], "author_weight": 0}
     settings |= {"max_features": None, "seed": 0}
-    predict, weights = baseline.fit(blocks, labels, settings)
-    probs = predict(blocks)
+    _, weights = baseline.fit(blocks, labels, settings)
     found = baseline.strongest_ngrams(planted, ["title", "abstract"], (1, 1), blocks, weights)["words"]
     if name == "rf":  # a forest has no weights
         assert found == {"0": [], "1": []}

@@ -162,8 +162,23 @@ def test_out_of_memory_names_the_flag(tmp_path):
         fit(tmp_path, losses=full)
     fit(tmp_path, losses=full, accumulate=4)  # the advice, followed to its end, helps
     with pytest.raises(common.InputError, match="--max-length 32"):
-        with training.memory_advice(arguments(batch_size=1, accumulate=1)):
+        with training.step_advice(arguments(batch_size=1, accumulate=1)):
             raise torch.OutOfMemoryError
+    with pytest.raises(RuntimeError, match="another fault"):
+        with training.model_advice():
+            raise RuntimeError("another fault")
+
+
+def test_out_of_memory_with_the_model_or_a_single_paper():
+    def full(model, papers):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(common.InputError, match=r"1 paper of \d+ tokens: try --max-length \d"):
+        training.predict(training.make_accelerator("fp32"), Words(), make_papers(9), full, 4)
+    for error in (torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError("can't allocate memory")):
+        with pytest.raises(common.InputError, match="out of memory for the model itself: .* smaller --model"):
+            with training.model_advice(), common.explain_loading("--model", "large"):
+                raise error
 
 
 def test_prediction_halves_its_batch_and_keeps_the_order():
@@ -179,5 +194,5 @@ def test_prediction_halves_its_batch_and_keeps_the_order():
     want = training.predict(accelerator, model, papers, probs, 1)
     assert np.allclose(training.predict(accelerator, model, papers, small, 16), want, atol=1e-6)
     assert max(sizes) <= 2 and sum(sizes) == 37
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(common.InputError, match="out of memory"):
         training.predict(accelerator, model, papers, lambda m, p: small(m, p * 4), 16)
