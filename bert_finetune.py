@@ -20,6 +20,7 @@ from torch.nn.functional import cross_entropy, pad
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 import common
+import models
 import training
 from common import InputError, log, run_script, scores, whole
 
@@ -31,13 +32,13 @@ def find_model(name):
     """The directory or hub name to load for a --model value."""
     if name == "auto":
         name = "bert-base-uncased" if torch.cuda.is_available() else "embedded"
-    return str(common.package_folder(*EMBEDDED)) if name == "embedded" else name
+    return str(models.package_folder(*EMBEDDED)) if name == "embedded" else name
 
 
 def load_tokenizer(name, max_length):
     """The tokenizer of a model. Raises InputError where the model can't read `max_length` tokens."""
-    with common.explain_loading("--model", name):
-        options = common.hub_options(name)
+    with models.explain_loading("--model", name):
+        options = models.hub_options(name)
         config = AutoConfig.from_pretrained(name, **options)
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
     positions = getattr(config, "max_position_embeddings", None) or max_length
@@ -55,8 +56,8 @@ def load_model(name, dropout=None, seed=0):
     share) that of every layer is set, and that of the attention is off: only so the fused kernels are used.
     """
     torch.manual_seed(seed)
-    with common.explain_loading("--model", name):
-        options = common.hub_options(name)
+    with models.explain_loading("--model", name):
+        options = models.hub_options(name)
         config = AutoConfig.from_pretrained(
             name, num_labels=2, id2label=LABELS, label2id={word: label for label, word in LABELS.items()}, **options
         )

@@ -23,7 +23,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from tqdm import tqdm
 from transformers import GenerationConfig, GlmConfig, GlmForCausalLM, PreTrainedTokenizerFast
 
-from common import InputError, Parser, check_folder, log, replacing, run_script, some, write_json
+from common import InputError, Parser, log, replacing, run_script, some, write_json
+from models import check_folder
 
 # Config keys that change the maths: the value that GlmForCausalLM computes, and the published default.
 FLAGS = {

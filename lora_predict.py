@@ -20,6 +20,7 @@ from peft import PeftModel
 
 import common
 import llm
+import models
 import training
 from common import InputError, log, run_script, scores, whole
 
@@ -29,7 +30,7 @@ def read_kit(folder):
     for name in ("kit.json", "adapter_config.json", "adapter_model.safetensors"):
         if not (folder / name).is_file():
             raise InputError(f"{folder} holds no {name}: run lora_finetune.py first, or give --adapter, --name or none")
-    common.check_folder(folder)
+    models.check_folder(folder)
     types = {"model": str, "prompt": str, "instruction": str, "fields": list, "answers": list, "train": str}
     return common.read_json(folder / "kit.json", settings=dict, **types)
 

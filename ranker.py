@@ -4,7 +4,7 @@ of boosted trees. For extract_keywords.py.
 Candidates are the phrases that stand in a paper and the keywords of training papers like it.
 
 What is learned from keywords is cross-fitted: a paper's features never see the keywords of its own fold, so they mean
-the same on unseen papers. The second stage knows how the first rated the paper's overlapping candidates.
+the same on unseen papers. The second stage knows how the first rated all candidates of the paper.
 """
 
 from collections import Counter, defaultdict
@@ -21,8 +21,8 @@ from phrases import STOP, find_candidates, mean_over, number, split_keywords, st
 INNER = 6  # folds within the fitted papers, by which rates and neighbours are cross-fitted
 NEIGHBOURS, PROPOSED = 40, 30  # labelled papers asked for keywords, and how many of those keywords become candidates
 STAGES = (
-    {"max_iter": 60, "learning_rate": 0.12, "max_leaf_nodes": 31},
-    {"max_iter": 250, "learning_rate": 0.05, "max_leaf_nodes": 15},
+    {"max_iter": 60, "learning_rate": 0.12, "max_leaf_nodes": 31, "max_features": 0.5},
+    {"max_iter": 250, "learning_rate": 0.05, "max_leaf_nodes": 15, "max_features": 0.8},
 )
 KEPT = 60  # candidates a paper that reach the second stage
 NEGATIVES = (0.15, 0.5)  # share of the wrong candidates that each stage learns from
@@ -35,7 +35,7 @@ def build_corpus(train, test):
     """Everything about all papers that doesn't depend on the fold. Papers of train come first. Returns a namespace:
     found (find_candidates), keywords and stem_keywords (sparse 0/1 [papers, phrases] and [papers, stems]; test papers
     have none), phrases (candidates' and keywords'), numbers (their places in that), stems (their stems' numbers),
-    stem_words (the stems), seen_first (when a keyword first comes up), casing (how train writes it), paper_words (a
+    seen_first (when a keyword first comes up), casing (how train writes it), paper_words (a
     set of stemmed words a paper), ends (numbers of the words' last 3 and 4 letters), tfidf ([papers, words]).
     """
     papers = {name: [*train[name], *test[name]] for name in ("title", "abstract")}
@@ -56,7 +56,6 @@ def build_corpus(train, test):
     corpus.stem_keywords = sparse.csr_matrix((ones, (rows, stems[columns])), shape=(corpus.count, len(found.stems)))
     corpus.numbers, corpus.seen_first = numbers, np.zeros(len(phrases), dtype=np.int64)
     corpus.seen_first[columns[::-1]] = np.arange(len(columns))[::-1]
-    corpus.stem_words = list(found.stems)
     corpus.paper_words = [set() for _ in range(corpus.count)]
     for paper, word in zip(found.text.paper, map(stem_word, map(str.lower, found.text.written))):
         corpus.paper_words[paper].update(word.split(" "))
@@ -216,7 +215,7 @@ def fit_trees(x, hit, negatives, settings, seed):
     negatives = negatives if len(hit) > 5000 else 1  # of few, all
     chosen = hit | (np.random.default_rng(seed).random(len(hit)) < negatives)
     trees = HistGradientBoostingClassifier(
-        **settings, min_samples_leaf=40, l2_regularization=5, max_features=0.5, early_stopping=False, random_state=seed
+        **settings, min_samples_leaf=40, l2_regularization=5, early_stopping=False, random_state=seed
     ).fit(x[chosen], hit[chosen])
 
     def predict(asked):
@@ -224,25 +223,6 @@ def fit_trees(x, hit, negatives, settings, seed):
         return odds / (odds + (1 - odds) / negatives)
 
     return predict
-
-
-def overlaps(corpus, paper, phrase, prob):
-    """How a paper's other candidates that share words with a candidate were rated. Returns float array [candidates, 6]:
-    the best of them all, of the longer that hold it, of the shorter in it, of those with the very same words; how many
-    of them are better; their sum."""
-    words = [dict.fromkeys(corpus.stem_words[i].split(" ")) for i in corpus.stems[phrase]]
-    lengths = np.array([len(w) for w in words], dtype=np.int64)
-    rows = np.repeat(np.arange(len(words)), lengths)
-    columns, different = number(zip(paper[rows], (word for some in words for word in some)))
-    holds = sparse.csr_matrix((np.ones(len(rows), np.float32), (rows, columns)), shape=(len(words), different))
-    pairs = (holds @ holds.T).sorted_indices().tocoo()
-    this, other, shared = (array[pairs.row != pairs.col] for array in (pairs.row, pairs.col, pairs.data))
-    all_in, holds_all = shared >= lengths[this], shared >= lengths[other]
-    best = np.zeros((len(words), 4))
-    for column, chosen in enumerate((shared > 0, all_in & ~holds_all, holds_all & ~all_in, all_in & holds_all)):
-        np.maximum.at(best[:, column], this[chosen], prob[other[chosen]])
-    better = np.bincount(this, prob[other] > prob[this], len(words))
-    return np.column_stack([best, better, np.bincount(this, prob[other], len(words))])
 
 
 def fit_predict(corpus, fitted, asked, seed):
@@ -267,10 +247,8 @@ def fit_predict(corpus, fitted, asked, seed):
     place = rank(paper, prob)
     kept = place < KEPT
     x, paper, phrase, hit, prob, place, learn = (a[kept] for a in (x, paper, phrase, hit, prob, place, learn))
-    beside = overlaps(corpus, paper, phrase, prob)
     total, best = np.bincount(paper, prob), np.zeros(corpus.count)
     np.maximum.at(best, paper, prob)
-    more = (prob, place, prob / (beside[:, 0] + 1e-4), total[paper], prob / best[paper])
-    x = np.column_stack([x, beside, *more]).astype(np.float32)
+    x = np.column_stack([x, prob, place, total[paper], prob / best[paper]]).astype(np.float32)
     predict = fit_trees(x[learn], hit[learn], NEGATIVES[1], STAGES[1], seed)
     return paper[~learn], phrase[~learn], predict(x[~learn])

@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import common
+import models
 from common import InputError, log, replacing, whole
 
 warnings.filterwarnings("ignore", category=FutureWarning)
@@ -114,7 +115,7 @@ def memory_advice(advice):
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not common.is_out_of_memory(error):
+        if not models.is_out_of_memory(error):
             raise
         raise InputError(f"out of memory {advice}") from None
 
@@ -354,7 +355,7 @@ def predict(accelerator, model, papers, probs, batch_size, done=None, keep=None)
             with torch.no_grad():
                 found[0, batch] = probs(model, [papers[i] for i in batch]).float()
         except RuntimeError as error:
-            if not common.is_out_of_memory(error):
+            if not models.is_out_of_memory(error):
                 raise
             if len(batch) == 1:
                 tokens = len(papers[batch[0]]["input_ids"])

@@ -73,16 +73,13 @@ def main():
         value = score(corpus, counts, true, folds)
         print(f"{'without ' + name:40} {value:.4f} {value - whole:+.4f}", flush=True)
 
-    add_learned, overlaps, proposed = ranker.add_learned, ranker.overlaps, ranker.PROPOSED
+    add_learned = ranker.add_learned
     for group in GROUPS:
         ranker.add_learned = without(group, add_learned)
         tell(group)
     ranker.add_learned = add_learned
     ranker.PROPOSED = 0
     tell("candidates from similar papers")
-    ranker.PROPOSED = proposed
-    ranker.overlaps = lambda *given: 0 * overlaps(*given)
-    tell("overlaps in the second stage")
 
 
 if __name__ == "__main__":

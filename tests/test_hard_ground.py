@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 
 import bert_finetune
 import common
+import models
 import training
 from common import InputError
 
@@ -747,11 +748,11 @@ def test_links_of_the_hubs_cache_are_in_order(tmp_path):
     (snapshot / "config.json").symlink_to("../../blobs/ab12")
     (snapshot / "onnx" / "config.json").symlink_to("../../../blobs/ab12")
     (tmp_path / "elsewhere").symlink_to(snapshot)  # the directory itself may be a link
-    common.check_folder(snapshot)
-    common.check_folder(tmp_path / "elsewhere")
+    models.check_folder(snapshot)
+    models.check_folder(tmp_path / "elsewhere")
     (snapshot / "more.json").symlink_to("../../secret")
     with pytest.raises(InputError, match="more.json is a link"):
-        common.check_folder(snapshot)
+        models.check_folder(snapshot)
 
 
 def test_nothing_of_a_hostile_chatglm2_is_run_or_read(make_dir, kit, tmp_path):
@@ -800,7 +801,7 @@ def silent_hub():
 def test_the_hub_is_asked_once_and_not_for_long(tmp_path, silent_hub, address):
     environment = os.environ | {"HF_ENDPOINT": silent_hub[0] if address == "silent" else address}
     script = (
-        "import time, common; start = time.time(); options = common.hub_options('a/b'), common.hub_options('a/b'); "
+        "import time, models; start = time.time(); options = models.hub_options('a/b'), models.hub_options('a/b'); "
     )
     script += "print(time.time() - start, options[1])"
     done = subprocess.run([sys.executable, "-c", script], cwd=KIT, env=environment, capture_output=True, text=True)

@@ -6,6 +6,7 @@ import torch
 from safetensors.torch import load_file
 
 import common
+import models
 import training
 
 
@@ -177,7 +178,7 @@ def test_out_of_memory_with_the_model_or_a_single_paper():
         training.predict(training.make_accelerator("fp32"), Words(), make_papers(9), full, 4)
     for error in (torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError("can't allocate memory")):
         with pytest.raises(common.InputError, match="out of memory for the model itself: .* smaller --model"):
-            with training.model_advice(), common.explain_loading("--model", "large"):
+            with training.model_advice(), models.explain_loading("--model", "large"):
                 raise error
 
 
