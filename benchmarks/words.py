@@ -38,13 +38,13 @@ def author_as_words(args):
     """The author field counted as words are, not by its characters."""
     import baseline
 
-    count = baseline.count_ngrams
+    block_texts = baseline.block_texts
 
-    def count_words(papers, fields, ngrams=(1, 2)):
+    def as_words(papers, fields):
         words = papers.assign(title=[f"{a}\n{t}" for a, t in zip(papers["author"], papers["title"])])
-        return count(words, [name for name in fields if name != "author"], ngrams)
+        return block_texts(words, [name for name in fields if name != "author"])
 
-    baseline.count_ngrams = count_words
+    baseline.block_texts = as_words
     return baseline_kit(args)
 
 
