@@ -56,6 +56,7 @@ CASES = {
 def child(folder, command, moment, number):
     """Run a script in `folder`; send this process the signal `number` at its `moment`-th moment (from 1)."""
     os.chdir(folder)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a CI that runs in the background ignores it
     for name, stream in (("stdout", sys.stdout), ("stderr", sys.stderr)):
         stream.flush()
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream.fileno())
