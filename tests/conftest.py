@@ -77,6 +77,12 @@ def write_csv(tmp_path):
     return write
 
 
+@pytest.fixture(scope="module")
+def papers():
+    """The sample: (training papers with labels, test papers)."""
+    return common.read_papers(SAMPLE / "train.csv", labelled=True), common.read_papers(SAMPLE / "test.csv")
+
+
 @pytest.fixture
 def test_b(tmp_path):
     """Another test file, testB.csv in tmp_path: seven papers of the sample's in another order. Returns its frame."""

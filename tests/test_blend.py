@@ -10,11 +10,6 @@ import blend
 import common
 
 
-@pytest.fixture(scope="module")
-def papers():
-    return common.read_papers(SAMPLE / "train.csv", labelled=True), common.read_papers(SAMPLE / "test.csv")
-
-
 @pytest.fixture
 def model(tmp_path, papers):
     """Write a made-up model's results: probabilities around the truth, so that f1 falls as `noise` grows."""

@@ -44,11 +44,6 @@ class Page(HTMLParser):
         self.text.append(data)
 
 
-@pytest.fixture(scope="module")
-def papers():
-    return common.read_papers(SAMPLE / "train.csv", labelled=True), common.read_papers(SAMPLE / "test.csv")
-
-
 @pytest.fixture
 def model(tmp_path, papers):
     """Write what a model leaves: made-up probabilities, worse as `noise` grows, and the files given by name."""
