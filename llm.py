@@ -226,6 +226,17 @@ class Scorer(torch.nn.Module):
         return torch.stack(found, dim=1).softmax(1)[:, 1]
 
 
+def make_probs(papers):
+    """The function probs(scorer, batch) that training.py asks for; what all of `papers` begin with is read once."""
+
+    def probs(scorer, batch):
+        if scorer.cache is None:
+            scorer.share_prefix(papers)
+        return scorer.probs(batch)
+
+    return probs
+
+
 def check_adapter(scorer, papers):
     """Raise InputError where a peft adapter changes nothing: all of LoRA's B matrices zero, or the same answers with it
     and without.

@@ -132,15 +132,11 @@ def train_adapter(accelerator, args, folder):
             write_json(part / "kit.json", kit)
             check_saved(part)
 
-    def probs(scorer, papers):
-        if scorer.cache is None:
-            scorer.share_prefix(held_out)
-        return scorer.probs(papers)
-
     def losses(scorer, papers):
         return scorer(papers)
 
     record = settings | {"model": name, "fields": fields, "items": common.digest([items, valid_items])}
+    probs = llm.make_probs(held_out)
     done = training.fit(
         accelerator, scorer, papers, held_out, losses, probs, save_best, folder, args, record, shape="cosine"
     )

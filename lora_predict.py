@@ -141,11 +141,7 @@ def predict(args, accelerator, folder, adapter, kit, train, held_out, test, fiel
     if partial.done:
         log(f"{len(partial.done)} of {len(papers)} papers were scored by a run that stopped; going on")
 
-    def probs_of(scorer, batch):
-        if scorer.cache is None:
-            scorer.share_prefix(papers)
-        return scorer.probs(batch)
-
+    probs_of = llm.make_probs(papers)
     started = time.perf_counter()
     probs = training.predict(accelerator, scorer, papers, probs_of, args.batch_size, partial.done, partial.keep)
     speed = (len(papers) - len(partial.done)) / (time.perf_counter() - started)

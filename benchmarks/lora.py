@@ -80,14 +80,8 @@ def lora_predict_kit(args):
 
     accelerator, model, tokenizer, prompts = load_adapted(args)
     scorer = llm.Scorer(model.merge_and_unload(), tokenizer).eval()
-
-    def probs(scorer, batch):
-        if scorer.cache is None:
-            scorer.share_prefix(prompts)
-        return scorer.probs(batch)
-
     started = time.perf_counter()
-    training.predict(accelerator, scorer, prompts, probs, BATCH)
+    training.predict(accelerator, scorer, prompts, llm.make_probs(prompts), BATCH)
     return {"seconds": time.perf_counter() - started, "papers": len(prompts)}
 
 
