@@ -1,4 +1,4 @@
-"""Task 2: keywords for papers that come without any, learned from the training papers' own. Two minutes, no torch.
+"""Task 2: keywords for papers that come without any, learned from the training papers' own. Half a minute, no torch.
 
     python extract_keywords.py                    out-of-fold scores, keywords of every test paper
     python extract_keywords.py --top 5            always five keywords a paper
@@ -8,23 +8,19 @@ outputs/keywords/metrics.json, and submit_task2.csv (uuid, Keywords) in the curr
 
 Candidates are the phrases of a paper's title and abstract (phrases.py) and the keywords of training papers like it;
 boosted trees rate them (ranker.py). A paper gets those rated above the threshold that gives the best micro F1. Scores
-are out of fold; a test paper gets the mean rating of all folds' models.
+are out of fold; a test paper gets the mean rating of all folds' trees.
 """
 
-import os
 import time
 from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from threadpoolctl import threadpool_limits
-from tqdm import tqdm
 
 import common
 from common import InputError, log, run_script, whole
 from phrases import split_keywords, stem
-from ranker import build_corpus, entries, fit_predict, rank
+from ranker import build_corpus, entries, learn_and_rate, rank
 
 MOST = 30  # keywords a paper, the challenge's limit
 
@@ -85,44 +81,23 @@ def best_threshold(rated, total):
 # ---- the whole -------------------------------------------------------------------------------------------------------
 
 
-def mean_rating(ratings):
-    """The mean of several models' ratings of (paper, phrase); a model that didn't rate one says 0."""
-    keys, same = np.unique(np.concatenate([r[0] * 2**32 + r[1] for r in ratings]), return_inverse=True)
-    return keys >> 32, keys % 2**32, np.bincount(same, np.concatenate([r[2] for r in ratings])) / len(ratings)
+def pick_out_of_fold(corpus, rated, folds, counts, top=None):
+    """Keywords of the held-out papers, each fold's threshold set by the other folds. rated: (paper, phrase, prob) of
+    learn_and_rate; folds, counts: int arrays [papers], its fold or -1, and how many keywords a paper of a fold has.
+    Returns ({paper: keywords}, the threshold that all folds together set)."""
+    paper, phrase, prob = rated
+    hit, fold, count = entries(corpus.keywords, paper, phrase) > 0, folds[paper], folds.max() + 1
 
-
-def learn_and_rate(corpus, folds, test):
-    """Fit one model a fold. folds: int array [papers], the fold that holds a labelled paper out, -1 elsewhere; test:
-    bool array [papers]. Returns the out-of-fold ratings, a tuple (paper, phrase, prob) a fold, and the ratings of the
-    test papers, the mean of all models."""
-
-    def one(fold):
-        with threadpool_limits(1, user_api="openmp"):  # a fold a core: threads within so small a fit mostly wait
-            return fit_predict(corpus, (folds >= 0) & (folds != fold), (folds == fold) | test, fold)
-
-    count = folds.max() + 1
-    with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool:  # each takes half a GB with 3,000 papers
-        rated = list(tqdm(pool.map(one, range(count)), total=count, desc="folds"))
-    unseen = [[array[test[arrays[0]]] for array in arrays] for arrays in rated]
-    return [[array[~test[arrays[0]]] for array in arrays] for arrays in rated], mean_rating(unseen)
-
-
-def pick_out_of_fold(corpus, rated, counts, top=None):
-    """Keywords of the held-out papers, each fold's threshold set by the other folds. counts: int array [papers], how
-    many keywords a paper has. Returns ({paper: keywords}, the threshold that all folds together set)."""
-    hits = [entries(corpus.keywords, *arrays[:2]) > 0 for arrays in rated]
-
-    def threshold(used):
-        if not used:
-            return 0.1
-        parts = [(rated[i][0], hits[i], rated[i][2]) for i in used]
-        papers = np.concatenate([np.unique(part[0]) for part in parts])
-        return best_threshold([np.concatenate(arrays) for arrays in zip(*parts)], counts[papers].sum())
+    def threshold(use):
+        rows = use[paper]
+        return best_threshold((paper[rows], hit[rows], prob[rows]), counts[use].sum()) if rows.any() else 0.1
 
     picked = {}
-    for fold, own in enumerate(rated):
-        picked |= pick(corpus, own, threshold([i for i in range(len(rated)) if i != fold]), top)
-    return picked, threshold(range(len(rated)))
+    for number in range(count):
+        rows = fold == number
+        others = threshold((folds >= 0) & (folds != number))
+        picked |= pick(corpus, (paper[rows], phrase[rows], prob[rows]), others, top)
+    return picked, threshold(folds >= 0)
 
 
 def write_out(corpus, paper, keywords):
@@ -178,11 +153,12 @@ def extract(args, folder):
     folds = np.full(corpus.count, -1)
     folds[labelled] = np.random.default_rng(args.seed).permutation(len(labelled)) % args.folds
     is_test = np.arange(corpus.count) >= len(train)
-    held_out, unseen = learn_and_rate(corpus, folds, is_test)
-    picked, threshold = pick_out_of_fold(corpus, held_out, counts, args.top)
+    rated = learn_and_rate(corpus, folds, is_test)
+    picked, threshold = pick_out_of_fold(corpus, rated, folds, np.append(counts, np.zeros(len(test), int)), args.top)
     true = [list(split_keywords(cell)) for cell in train["Keywords"].iloc[labelled]]
     values = score_keywords([picked.get(paper, []) for paper in labelled], true)
 
+    unseen = [array[is_test[rated[0]]] for array in rated]
     chosen = pick(corpus, unseen, threshold, args.top)
     common_one = max(corpus.casing, key=lambda keyword: sum(corpus.casing[keyword].values()))
     cells = [

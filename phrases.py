@@ -6,7 +6,6 @@ stop word.
 """
 
 import re
-from collections import defaultdict
 from functools import cache
 from types import SimpleNamespace
 
@@ -14,7 +13,7 @@ import numpy as np
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
 LONGEST = 5  # words a phrase
-WORD = re.compile(r"[A-Z]\.(?= [a-z])|\w+(?:[-‐‑–'’.+_]\w+)*\+*")  # one word: "E." of "E. coli", "IL-6", "PM2.5"
+WORD = re.compile(r"([A-Z]\.(?= [a-z])|\w+(?:[-‐‑–'’.+_]\w+)*\+*)")  # one word: "E." of "E. coli", "IL-6", "PM2.5"
 PUNCTUATION = ".,;:()[]-–—/'\"%=<>"
 TERMS = (
     "system fire mine mill bill cry thick thin interest amount half part side back front top bottom full name con de co"
@@ -61,9 +60,9 @@ def stem(phrase):
 
 
 def number(items):
-    """int array: each item's number, by first appearance; and how many different ones there are."""
+    """(int array: each item's number, by first appearance; list of the different ones)."""
     seen = {}
-    return np.array([seen.setdefault(item, len(seen)) for item in items], dtype=np.int64), len(seen)
+    return np.array([seen.setdefault(item, len(seen)) for item in items], dtype=np.int64), list(seen)
 
 
 def read_words(papers):
@@ -72,46 +71,58 @@ def read_words(papers):
     gap (before it: 0 a new sentence, 1 a blank, else a punctuation mark), bracket (bool: just behind an opening one),
     case (0 lower, 1 Capitalised, 2 other), starts (bool: first of a sentence).
     """
-    columns = defaultdict(list)
-    for paper, (title, abstract) in enumerate(zip(papers["title"], papers["abstract"])):
-        text, end = f"{title}\n{abstract}", 0
-        for match in WORD.finditer(text):
-            word, gap = match.group(), text[end : match.start()]
-            mark = gap.strip()[-1:]
-            starts = end == 0 or "\n" in gap or any(sign in gap for sign in (". ", "? ", "! "))
-            kind = (0 if starts else 1) if gap.isspace() or not gap else PUNCTUATION.find(mark) + 3
-            case = 0 if word == word.lower() else 1 if word[1:].islower() else 2
-            row = (word.lower(), word, paper, match.start() < len(title), kind, mark in ("(", "["), case, starts)
-            for name, value in zip(("word", "written", "paper", "title", "gap", "bracket", "case", "starts"), row):
-                columns[name].append(value)
-            end = match.end()
-    text = SimpleNamespace(words=list(dict.fromkeys(columns["word"])))
-    kinds = {"title": bool, "bracket": bool, "starts": bool, "written": object}
-    columns["word"] = number(columns["word"])[0]
-    for name in ("word", "written", "paper", "title", "gap", "bracket", "case", "starts"):
-        setattr(text, name, np.array(columns[name], dtype=kinds.get(name, np.int64)))
+    gaps, written, lengths, title_lengths = [], [], [], []
+    for title, abstract in zip(papers["title"], papers["abstract"]):
+        head, tail = WORD.split(title), WORD.split(abstract)  # gap, word, gap, …, word, gap
+        parts = [*head[:-1], f"{head[-1]}\n{tail[0]}", *tail[1:]]
+        gaps += parts[0:-1:2]
+        written += parts[1::2]
+        lengths.append(len(parts) // 2)
+        title_lengths.append(len(head) // 2)
+    # What can be told of a word or a gap is told once for all that are alike.
+    form, forms = number(written)
+    word, words = number([w.lower() for w in forms])
+    text = SimpleNamespace(words=words, word=word[form], written=np.array(forms, dtype=object)[form])
+    case = [0 if w == w.lower() else 1 if w[1:].islower() else 2 for w in forms]
+    text.case = np.array(case, dtype=np.int64)[form]
+    alike, different = number(gaps)
+    starts = ["\n" in gap or any(sign in gap for sign in (". ", "? ", "! ")) for gap in different]
+    text.paper = np.repeat(np.arange(len(lengths)), lengths)
+    place = np.arange(len(form)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    text.starts = np.array(starts, dtype=bool)[alike] | (place == 0)
+    marks = [gap.strip()[-1:] for gap in different]
+    text.bracket = np.array([mark in ("(", "[") for mark in marks], dtype=bool)[alike]
+    kinds = [PUNCTUATION.find(mark) + 3 if mark else 1 for mark in marks]
+    text.gap = np.array(kinds, dtype=np.int64)[alike]
+    text.gap[text.starts & (text.gap == 1)] = 0
+    text.title = place < np.repeat(np.array(title_lengths, dtype=np.int64), lengths)
     return text
 
 
 def mean_over(values, found):
-    """Mean of a value per word over the words of each candidate."""
-    total = np.concatenate([[0], np.cumsum(values)])
-    return (total[found.last + 1] - total[found.first]) / found.n
+    """Mean of a value per word over the words of each candidate. No sum runs over other papers, whose rounding would
+    then decide ties."""
+    total = np.zeros(len(found.first))
+    for i in range(LONGEST):
+        rows = np.flatnonzero(found.n > i)
+        total[rows] += values[found.first[rows] + i]
+    return total / found.n
 
 
 def find_candidates(papers, train_papers):
     """The candidate phrases of all papers, and the features of them that need no keywords. Document frequencies are
     those of the first `train_papers` papers, less the paper itself. A phrase crosses no punctuation and neither begins
-    nor ends with a stop word; three words and more that stand only once, inside a longer phrase, are left out.
+    nor ends with a stop word; what hardly ever is a keyword is left out: of what
+    stands once and not in the title, phrases of four words and more, and those of one and three inside a longer one.
 
     Returns a namespace: text (of read_words, with left and right, what stands beside each word), phrases (list of str);
     arrays [candidates]: paper, phrase (index into phrases), n (words), first, last (place in text where it first begins
     and ends), final (where it last begins), titled (where it first begins in the title, -1 not there); features {name:
-    array [candidates]}; arrays [occurrences]: of (candidate), begin, end (place in text); stems {stem: number}; stem,
-    array [phrases].
+    array [candidates]}; arrays [occurrences]: of (candidate), begin, end (place in text); stems (list of the different
+    ones) and stem (index into stems), array [phrases].
     """
     text = read_words(papers)
-    size, words, length = len(text.word), text.words, np.bincount(text.paper, minlength=len(papers))
+    size, words, length = len(text.word), text.words, np.bincount(text.paper)
     place = np.arange(size) - np.repeat(np.cumsum(length) - length, length)
     digits = np.array([w.replace(".", "").isdigit() for w in words], dtype=bool)[text.word]
     stop = np.array([w in STOP for w in words], dtype=bool)[text.word]
@@ -122,20 +133,18 @@ def find_candidates(papers, train_papers):
     text.right = np.where(parted[1:], len(words) + np.append(text.gap, 0)[1:], np.append(text.word, 0)[1:])
     text.sides = len(words) + len(PUNCTUATION) + 4  # words, gaps, and one for "not in the title"
 
-    phrases, ids, at, parts = list(words), text.word.copy(), np.arange(size), []
+    ids, count, at, parts = text.word.copy(), len(words), np.arange(size), []  # ids: of the phrase that begins there
     for n in range(1, LONGEST + 1):
         if n > 1:
             at = at[at + n - 1 < size]
             at = at[~parted[at + n - 1]]
-            pairs = ids[at] * max(1, len(words)) + text.word[at + n - 1]
-            _, first, same = np.unique(pairs, return_index=True, return_inverse=True)
-            longer = [f"{phrases[ids[i]]} {words[text.word[i + n - 1]]}" for i in at[first]]
-            ids[at] = same + len(phrases)
-            phrases += longer
+            pairs, same = np.unique(ids[at] * max(1, len(words)) + text.word[at + n - 1], return_inverse=True)
+            ids[at] = same + count
+            count += len(pairs)
         begin = at[~(stop | digits)[at] & ~stop[at + n - 1]]
         parts.append((begin, begin + n - 1, ids[begin]))
     begin, end, phrase = (np.concatenate(arrays) for arrays in zip(*parts))
-    _, first, of = np.unique(text.paper[begin] * len(phrases) + phrase, return_index=True, return_inverse=True)
+    _, first, of = np.unique(text.paper[begin] * count + phrase, return_index=True, return_inverse=True)
     # Candidates are numbered by place in the text: no tie is ever decided by what other papers hold.
     of = np.argsort(np.lexsort(((end - begin)[first], begin[first])))[of]
     order = np.lexsort((begin, of))
@@ -150,7 +159,7 @@ def find_candidates(papers, train_papers):
     in_title = text.title[begin]
     titled = np.full(len(tf), -1)
     titled[of[in_title][::-1]] = begin[in_title][::-1]
-    found = SimpleNamespace(text=text, phrases=phrases, count=len(phrases), phrase=phrase[first], titled=titled)
+    found = SimpleNamespace(text=text, phrase=phrase[first], titled=titled)
     found.paper, found.first, found.last = text.paper[begin[first]], begin[first], end[first]
     found.n = found.last - found.first + 1
     found.final = final = begin[np.append(first[1:], len(begin))[: len(first)] - 1]
@@ -161,13 +170,17 @@ def find_candidates(papers, train_papers):
     f["spread"] = (final - found.first) / total
     sentence = np.cumsum(text.starts)
     f["sentence"] = sentence[found.first] - sentence[found.first - place[found.first]]
-    title_words = np.bincount(text.paper, text.title, len(papers))[found.paper]
+    title_words = np.bincount(text.paper, text.title)[found.paper]
     there = titled >= 0
     f["title"] = share(in_title) * tf
     f["title_begin"] = np.where(there, place[titled] / np.maximum(title_words, 1), -1)
     f["title_end"] = np.where(there, title_words - place[titled] - found.n, -1)
     f["title_share"] = np.where(there, found.n / np.maximum(title_words, 1), 0)
     paper_word = np.unique(text.paper * len(words) + text.word, return_inverse=True)[1]
+    # Journals that capitalise titles also add index terms to the authors' keywords.
+    telling = text.title & ~stop & (place > 0)
+    capital = np.bincount(text.paper, telling & (text.case > 0)) / np.maximum(np.bincount(text.paper, telling), 1)
+    f["title_case"] = capital[found.paper]
     f["words_in_title"] = mean_over((np.bincount(paper_word, text.title) > 0)[paper_word], found)
 
     f["alone_left"], f["alone_right"] = share(open_left[begin]), share(open_right[end])
@@ -199,10 +212,10 @@ def find_candidates(papers, train_papers):
     f["stop_words"] = mean_over(stop, found)
 
     own = found.paper < train_papers  # what the paper itself adds to the counts
-    counted = np.bincount(found.phrase[own], minlength=len(phrases))[found.phrase] - own
+    counted = np.bincount(found.phrase[own], minlength=count)[found.phrase] - own
     f["papers"], f["tf_idf"] = counted, f["tf_share"] * np.log((train_papers + 1) / (counted + 1))
     whole_tf, whole_alone = (
-        np.bincount(found.phrase[own], values[own], len(phrases))[found.phrase] - own * values
+        np.bincount(found.phrase[own], values[own], count)[found.phrase] - own * values
         for values in (tf, f["alone_count"])
     )
     f["alone_elsewhere"] = (whole_alone + 0.5) / (whole_tf + 1)
@@ -213,16 +226,22 @@ def find_candidates(papers, train_papers):
     f["idf"], f["idf_first"], f["idf_last"] = mean_over(idf, found), idf[found.first], idf[found.last]
     f["word_tf"] = mean_over(word_tf, found)
     f["cohesion"] = tf / np.minimum(word_tf[found.first], word_tf[found.last])
-    found.stems = {}  # stemmed phrase: its number
-    found.stem = np.array([found.stems.setdefault(stem(p), len(found.stems)) for p in phrases], dtype=np.int64)
-    _, alike = np.unique(found.paper * len(phrases) + found.stem[found.phrase], return_inverse=True)
-    for name in ("tf", "title", "alone_count"):
-        f[f"stem_{name}"] = np.bincount(alike, f[name])[alike]
 
-    keep = (tf > 1) | there | (f["alone"] > 0) | (found.n < 3)
+    keep = (tf > 1) | there | (found.n == 2) | ((f["alone"] > 0) & (found.n < 4))
     occurs = keep[of]
     found.of, found.begin, found.end = (np.cumsum(keep) - 1)[of[occurs]], begin[occurs], end[occurs]
     for name in ("paper", "phrase", "n", "first", "last", "titled", "final"):
         setattr(found, name, getattr(found, name)[keep])
     found.features = {name: values[keep].astype(np.float32) for name, values in f.items()}
+
+    _, first, found.phrase = np.unique(found.phrase, return_index=True, return_inverse=True)
+    stemmed, found.phrases, stems = [stem_word(w) for w in words], [], []
+    for begin, end in zip(found.first[first], found.last[first] + 1):
+        number_of = text.word[begin:end].tolist()
+        found.phrases.append(" ".join([words[i] for i in number_of]))
+        stems.append(" ".join([stemmed[i] for i in number_of]))
+    found.stem, found.stems = number(stems)
+    _, alike = np.unique(found.paper * len(stems) + found.stem[found.phrase], return_inverse=True)
+    for name in ("tf", "title", "alone_count"):
+        found.features[f"stem_{name}"] = np.bincount(alike, found.features[name])[alike].astype(np.float32)
     return found

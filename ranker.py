@@ -1,31 +1,30 @@
-"""How likely a candidate is to be one of its paper's keywords: what the keywords of other papers teach, and two stages
-of boosted trees. For extract_keywords.py.
+"""How likely a candidate is to be one of its paper's keywords: what the keywords of other papers teach, and boosted
+trees. For extract_keywords.py.
 
 Candidates are the phrases that stand in a paper and the keywords of training papers like it.
 
-What is learned from keywords is cross-fitted: a paper's features never see the keywords of its own fold, so they mean
-the same on unseen papers. The second stage knows how the first rated all candidates of the paper.
+What is learned from keywords is cross-fitted: neither a paper's features nor the trees that rate it see the keywords of
+its own fold, so they mean the same on unseen papers.
 """
 
+import os
 from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
 from scipy import sparse
 from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.feature_extraction.text import TfidfVectorizer
+from threadpoolctl import threadpool_limits
+from tqdm import tqdm
 
 import common
 from phrases import STOP, find_candidates, mean_over, number, split_keywords, stem, stem_word
 
-INNER = 6  # folds within the fitted papers, by which rates and neighbours are cross-fitted
 NEIGHBOURS, PROPOSED = 40, 30  # labelled papers asked for keywords, and how many of those keywords become candidates
-STAGES = (
-    {"max_iter": 60, "learning_rate": 0.12, "max_leaf_nodes": 31, "max_features": 0.5},
-    {"max_iter": 250, "learning_rate": 0.05, "max_leaf_nodes": 15, "max_features": 0.8},
-)
-KEPT = 60  # candidates a paper that reach the second stage
-NEGATIVES = (0.15, 0.5)  # share of the wrong candidates that each stage learns from
+TREES = {"max_iter": 200, "learning_rate": 0.05, "max_leaf_nodes": 31, "max_features": 0.2}
+NEGATIVES = 0.3  # share of the wrong candidates that the trees learn from
 
 
 # ---- what keywords teach ---------------------------------------------------------------------------------------------
@@ -39,7 +38,7 @@ def build_corpus(train, test):
     set of stemmed words a paper), ends (numbers of the words' last 3 and 4 letters), tfidf ([papers, words]).
     """
     papers = {name: [*train[name], *test[name]] for name in ("title", "abstract")}
-    found = find_candidates(papers, len(train))
+    found, count = find_candidates(papers, len(train)), len(train) + len(test)
     numbers = {phrase: i for i, phrase in enumerate(found.phrases)}
     casing, rows, columns = defaultdict(Counter), [], []
     for paper, cell in enumerate(train["Keywords"]):
@@ -48,37 +47,42 @@ def build_corpus(train, test):
             rows.append(paper)
             columns.append(numbers.setdefault(keyword, len(numbers)))
     phrases = list(numbers)
-    later = [found.stems.setdefault(stem(phrase), len(found.stems)) for phrase in phrases[found.count :]]
-    stems = np.append(found.stem, np.array(later, dtype=np.int64))
-    corpus = SimpleNamespace(found=found, phrases=phrases, stems=stems, casing=casing, count=len(papers["title"]))
+    stems, different = number(found.stems + [stem(phrase) for phrase in phrases[len(found.phrases) :]])
+    stems = np.append(found.stem, stems[len(found.stems) :])
+    corpus = SimpleNamespace(found=found, phrases=phrases, numbers=numbers, stems=stems, casing=casing, count=count)
     rows, columns, ones = np.array(rows, int), np.array(columns, int), np.ones(len(rows), np.float32)
-    corpus.keywords = sparse.csr_matrix((ones, (rows, columns)), shape=(corpus.count, len(phrases)))
-    corpus.stem_keywords = sparse.csr_matrix((ones, (rows, stems[columns])), shape=(corpus.count, len(found.stems)))
-    corpus.numbers, corpus.seen_first = numbers, np.zeros(len(phrases), dtype=np.int64)
+    corpus.keywords = sparse.csr_matrix((ones, (rows, columns)), shape=(count, len(phrases)))
+    corpus.stem_keywords = sparse.csr_matrix((ones, (rows, stems[columns])), shape=(count, len(different)))
+    corpus.seen_first = np.zeros(len(phrases), dtype=np.int64)
     corpus.seen_first[columns[::-1]] = np.arange(len(columns))[::-1]
-    corpus.paper_words = [set() for _ in range(corpus.count)]
-    for paper, word in zip(found.text.paper, map(stem_word, map(str.lower, found.text.written))):
-        corpus.paper_words[paper].update(word.split(" "))
-    corpus.ends = [number(w[-n:] for w in found.text.words)[0] for n in (3, 4)]
+
+    text = found.text
+    corpus.ends = [number([w[-n:] for w in text.words])[0] for n in (3, 4)]
+    used = np.unique(text.paper * max(1, len(text.words)) + text.word)
+    stemmed = [stem_word(w).split(" ") for w in text.words]
+    corpus.paper_words = [set() for _ in range(count)]
+    for paper, word in zip((used // max(1, len(text.words))).tolist(), (used % max(1, len(text.words))).tolist()):
+        corpus.paper_words[paper].update(stemmed[word])
     texts = common.build_text(papers, ["title", "abstract"])
     weights = TfidfVectorizer(stop_words=list(STOP), sublinear_tf=True, token_pattern=r"\w\w+", dtype=np.float32)
     try:
-        weights.fit(texts[: len(train)])
-        corpus.tfidf = weights.transform(texts)
+        known = weights.fit_transform(texts[: len(train)])
+        asked = weights.transform(texts[len(train) :]) if len(test) else known[:0]
+        corpus.tfidf = sparse.vstack([known, asked], format="csr")
     except ValueError:  # no words at all
-        corpus.tfidf = sparse.csr_matrix((corpus.count, 1), dtype=np.float32)
+        corpus.tfidf = sparse.csr_matrix((count, 1), dtype=np.float32)
     return corpus
 
 
 def rates(keys, hits, folds, strength):
     """How often `hits` holds where a key stands, among the fitted papers of other folds. keys: int array; hits: 0/1;
-    folds: the paper's inner fold, -1 for a paper not fitted. `strength` weighs, in rows, the rate of all keys.
+    folds: the paper's fold, -1 for a paper not fitted. `strength` weighs, in rows, the rate of all keys.
     """
-    fitted, size = folds >= 0, keys.max(initial=0) + 1
+    fitted, size, count = folds >= 0, keys.max(initial=0) + 1, folds.max(initial=0) + 1
     own = np.where(fitted, folds * size + keys, 0)
     counts = []
     for values in (np.ones(len(keys)), hits):
-        by_fold = np.bincount(own[fitted], values[fitted], INNER * size).reshape(INNER, size)
+        by_fold = np.bincount(own[fitted], values[fitted], count * size).reshape(count, size)
         of_key = by_fold.sum(axis=0)[keys] - fitted * by_fold.ravel()[own]
         counts.append((of_key, np.append(by_fold.sum() - by_fold.sum(axis=1), by_fold.sum())[folds]))
     (rows, all_rows), (right, all_right) = counts
@@ -92,9 +96,10 @@ def entries(matrix, rows, columns):
 
 def others(matrix, folds):
     """Column sums of a sparse 0/1 [papers, columns] over the fitted papers of the other folds. Returns a dense float32
-    array [INNER + 1, columns]; row -1 is the sum for the papers that aren't fitted.
+    array [folds + 1, columns]; row -1 is the sum for the papers that aren't fitted.
     """
-    sums = [np.asarray(matrix[(folds >= 0) & (folds != fold)].sum(axis=0)).ravel() for fold in range(INNER)]
+    count = folds.max() + 1
+    sums = [np.asarray(matrix[(folds >= 0) & (folds != fold)].sum(axis=0)).ravel() for fold in range(count)]
     return np.array([*sums, np.asarray(matrix[folds >= 0].sum(axis=0)).ravel()], dtype=np.float32)
 
 
@@ -135,7 +140,7 @@ def propose(corpus, folds, shares, known):
 
 
 def add_learned(corpus, folds):
-    """The candidates with what is learned from keywords. folds: int array [papers], the inner fold of a fitted paper,
+    """The candidates with what is learned from keywords. folds: int array [papers], the fold of a paper to learn from,
     -1 for any other. Returns (features {name: array}, paper, phrase, hit (bool: it is a keyword of that paper)).
     """
     found, text = corpus.found, corpus.found.text
@@ -147,14 +152,15 @@ def add_learned(corpus, folds):
 
     hit = entries(corpus.keywords, paper, phrase) > 0
     fold, fitted = folds[paper], (folds >= 0).sum()
-    papers = (fitted - np.append(np.bincount(folds[folds >= 0], minlength=INNER), 0))[fold]
+    papers = (fitted - np.append(np.bincount(folds[folds >= 0]), 0))[fold]
     papers = np.maximum(papers, 1)
     f = {"known": known[fold, phrase] / papers, "known_stem": known_stems[fold, stems] / papers}
     f["known_form"] = (known[fold, phrase] + 0.5) / (known_stems[fold, stems] + 1)
     f["near"], f["near_stem"] = entries(shares, paper, phrase), entries(stem_shares, paper, stems)
     f["near_lift"] = f["near"] / (f["known"] + 1 / papers)
+    stemmed = {i: stem(corpus.phrases[i]).split(" ") for i in np.unique(more_phrase)}
     present = [
-        np.mean([word in corpus.paper_words[p] for word in stem(corpus.phrases[i]).split(" ")])
+        sum(word in corpus.paper_words[p] for word in stemmed[i]) / len(stemmed[i])
         for p, i in zip(more_paper, more_phrase)
     ]
     f["words_present"] = np.append(np.full(len(found.paper), 2.0), present)
@@ -209,13 +215,13 @@ def rank(paper, values):
     return places
 
 
-def fit_trees(x, hit, negatives, settings, seed):
+def fit_trees(x, hit, seed):
     """Boosted trees from all right candidates and a share of the wrong ones. Returns a function: features [candidates,
     features] → P(keyword), corrected for that share."""
-    negatives = negatives if len(hit) > 5000 else 1  # of few, all
+    negatives = NEGATIVES if len(hit) > 5000 else 1  # of few, all
     chosen = hit | (np.random.default_rng(seed).random(len(hit)) < negatives)
     trees = HistGradientBoostingClassifier(
-        **settings, min_samples_leaf=40, l2_regularization=5, early_stopping=False, random_state=seed
+        **TREES, min_samples_leaf=40, l2_regularization=5, early_stopping=False, random_state=seed
     ).fit(x[chosen], hit[chosen])
 
     def predict(asked):
@@ -225,30 +231,27 @@ def fit_trees(x, hit, negatives, settings, seed):
     return predict
 
 
-def fit_predict(corpus, fitted, asked, seed):
-    """Learn from the papers `fitted` and rate the candidates of the papers `asked` (bool arrays [papers]).
-    Returns (paper, phrase, P(keyword)), arrays [candidates that reached the second stage]."""
-    folds = np.full(corpus.count, -1)
-    folds[fitted] = np.random.default_rng(seed).permutation(fitted.sum()) % INNER
+def learn_and_rate(corpus, folds, asked):
+    """Rate the candidates of each paper, by trees that learned from the papers of the other folds. folds: int array
+    [papers], the fold of a paper to learn from, -1 for any other; asked: bool array [papers], those of them to rate,
+    too, by the mean of all folds' trees. Returns (paper, phrase, P(keyword)), arrays [candidates].
+    """
     f, paper, phrase, hit = add_learned(corpus, folds)
-    use = (fitted | asked)[paper]
-    x = np.column_stack([values[use] for values in f.values()]).astype(np.float32)
-    paper, phrase, hit = paper[use], phrase[use], hit[use]
-    learn, third = fitted[paper], folds[paper] % 3
-    parts = [learn & (third == part) for part in range(3)]
-    if not all(0 < hit[rows].sum() < rows.sum() for rows in parts):  # nothing to learn from: by TF-IDF
-        prob = 1 / (2 + rank(paper, (f["tf_idf"] * np.maximum(f["alone"], 0))[use]))
-        return paper[~learn], phrase[~learn], prob[~learn]
-    prob = np.zeros(len(x))
-    for rows in parts:
-        predict = fit_trees(x[learn & ~rows], hit[learn & ~rows], NEGATIVES[0], STAGES[0], seed)
-        prob[rows] = predict(x[rows])
-        prob[~learn] += predict(x[~learn]) / 3
-    place = rank(paper, prob)
-    kept = place < KEPT
-    x, paper, phrase, hit, prob, place, learn = (a[kept] for a in (x, paper, phrase, hit, prob, place, learn))
-    total, best = np.bincount(paper, prob), np.zeros(corpus.count)
-    np.maximum.at(best, paper, prob)
-    x = np.column_stack([x, prob, place, total[paper], prob / best[paper]]).astype(np.float32)
-    predict = fit_trees(x[learn], hit[learn], NEGATIVES[1], STAGES[1], seed)
-    return paper[~learn], phrase[~learn], predict(x[~learn])
+    wanted = ((folds >= 0) | asked)[paper]
+    x = np.column_stack([values[wanted] for values in f.values()]).astype(np.float32)
+    by_tf_idf = 1 / (2 + rank(paper, f["tf_idf"] * np.maximum(f["alone"], 0)))[wanted]
+    paper, phrase, hit = paper[wanted], phrase[wanted], hit[wanted]
+    fold, prob, count = folds[paper], np.zeros(len(paper)), folds.max() + 1
+
+    def rate(number):
+        """Of the fold and of the asked papers."""
+        learn, rated = (fold >= 0) & (fold != number), (fold == number) | (fold < 0)
+        if not 0 < hit[learn].sum() < learn.sum():  # nothing to learn from
+            return rated, by_tf_idf[rated]
+        with threadpool_limits(1, user_api="openmp"):  # a fold a core: threads within so small a fit mostly wait
+            return rated, fit_trees(x[learn], hit[learn], number)(x[rated])
+
+    with ThreadPoolExecutor(min(count, os.cpu_count() or 1)) as pool:
+        for rated, by_fold in tqdm(pool.map(rate, range(count)), total=count, desc="folds"):
+            prob[rated] += by_fold / np.where(fold[rated] < 0, count, 1)
+    return paper, phrase, prob

@@ -1,6 +1,6 @@
 """What each group of the keyword ranker's features is worth: micro F1 out of fold without it.
 
-    python benchmarks/keyword_features.py --train papers.csv         a minute and a half a group
+    python benchmarks/keyword_features.py --train papers.csv         half a minute a group
 """
 
 import argparse
@@ -51,8 +51,8 @@ def without(group, add_learned):
 
 def score(corpus, counts, true, folds):
     """Micro F1 out of fold."""
-    rated, _ = extract_keywords.learn_and_rate(corpus, folds, np.zeros(corpus.count, dtype=bool))
-    picked, _ = extract_keywords.pick_out_of_fold(corpus, rated, counts)
+    rated = ranker.learn_and_rate(corpus, folds, np.zeros(corpus.count, dtype=bool))
+    picked, _ = extract_keywords.pick_out_of_fold(corpus, rated, folds, counts)
     return extract_keywords.score_keywords([picked.get(paper, []) for paper in range(len(true))], true)["f1"]
 
 

@@ -21,7 +21,7 @@ def rows(folder, name="outputs/keywords/test.csv"):
 @pytest.fixture
 def few_trees(monkeypatch):
     """Fewer and smaller models: what these tests assert holds for any."""
-    monkeypatch.setattr(ranker, "STAGES", tuple({**stage, "max_iter": 12} for stage in ranker.STAGES))
+    monkeypatch.setattr(ranker, "TREES", ranker.TREES | {"max_iter": 12})
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def test_candidates_cross_no_punctuation_and_begin_and_end_with_no_stop_word():
 def test_rates_never_see_the_own_fold():
     """Whatever the keywords of a fold's papers, no rate of theirs moves; that of the others does."""
     draw = np.random.default_rng(0)
-    keys, folds = draw.integers(0, 9, 500), draw.integers(-1, ranker.INNER, 500)
+    keys, folds = draw.integers(0, 9, 500), draw.integers(-1, 6, 500)
     hits = draw.integers(0, 2, 500).astype(float)
     own = np.flatnonzero(folds == 2)
     other = hits.copy()
@@ -83,7 +83,7 @@ def test_own_keywords_change_no_feature_of_a_paper():
     train = common.read_papers(common.HERE / "data" / "sample" / "train.csv").head(30)
     other = train.copy()
     other.loc[3, "Keywords"] = "; ".join(other["title"][3].split()[:2] + ["zeta", "eta theta"])
-    folds = np.arange(30) % ranker.INNER
+    folds = np.arange(30) % 6
     kept = []
     for papers in (train, other):
         corpus = ranker.build_corpus(papers, papers.head(0))
