@@ -3,8 +3,9 @@ trees. For extract_keywords.py.
 
 Candidates are the phrases that stand in a paper and the keywords of training papers like it.
 
-What is learned from keywords is cross-fitted: neither a paper's features nor the trees that rate it see the keywords of
-its own fold, so they mean the same on unseen papers.
+What is learned from keywords is cross-fitted over one set of folds: a paper's features are drawn, and the trees that
+rate it are fitted, from the keywords of the other folds. The features of those other papers do count its own fold's
+keywords, though; by measurement that leaves the scores out of fold a little below those of papers never seen at all.
 """
 
 import os
