@@ -83,14 +83,15 @@ def best_threshold(rated, total):
 
 def pick_out_of_fold(corpus, rated, folds, counts, top=None):
     """Keywords of the held-out papers, each fold's threshold set by the other folds. rated: (paper, phrase, prob) of
-    learn_and_rate; folds, counts: int arrays [papers], its fold or -1, and how many keywords a paper of a fold has.
+    learn_and_rate; folds: int array [papers], a paper's fold or -1; counts: int array [train papers], its keywords.
     Returns ({paper: keywords}, the threshold that all folds together set)."""
     paper, phrase, prob = rated
     hit, fold, count = entries(corpus.keywords, paper, phrase) > 0, folds[paper], folds.max() + 1
 
     def threshold(use):
         rows = use[paper]
-        return best_threshold((paper[rows], hit[rows], prob[rows]), counts[use].sum()) if rows.any() else 0.1
+        total = counts[np.flatnonzero(use)].sum()
+        return best_threshold((paper[rows], hit[rows], prob[rows]), total) if rows.any() else 0.1
 
     picked = {}
     for number in range(count):
@@ -154,7 +155,7 @@ def extract(args, folder):
     folds[labelled] = np.random.default_rng(args.seed).permutation(len(labelled)) % args.folds
     is_test = np.arange(corpus.count) >= len(train)
     rated = learn_and_rate(corpus, folds, is_test)
-    picked, threshold = pick_out_of_fold(corpus, rated, folds, np.append(counts, np.zeros(len(test), int)), args.top)
+    picked, threshold = pick_out_of_fold(corpus, rated, folds, counts, args.top)
     true = [list(split_keywords(cell)) for cell in train["Keywords"].iloc[labelled]]
     values = score_keywords([picked.get(paper, []) for paper in labelled], true)
 

@@ -67,9 +67,9 @@ def number(items):
 
 def read_words(papers):
     """The words of title and abstract, paper after paper. Returns a namespace: words (list of the different ones,
-    lower case) and arrays [words in all papers]: word (index into words), written (as written), paper, title (bool),
-    gap (before it: 0 a new sentence, 1 a blank, else a punctuation mark), bracket (bool: just behind an opening one),
-    case (0 lower, 1 Capitalised, 2 other), starts (bool: first of a sentence).
+    lower case) and arrays [words in all papers]: word (index into words), written (as written), paper, place (in the
+    paper, from 0), title (bool), gap (before it: 0 a new sentence, 1 a blank, else a punctuation mark), bracket (bool:
+    just behind an opening one), case (0 lower, 1 Capitalised, 2 other), starts (bool: first of a sentence).
     """
     gaps, written, lengths, title_lengths = [], [], [], []
     for title, abstract in zip(papers["title"], papers["abstract"]):
@@ -88,14 +88,14 @@ def read_words(papers):
     alike, different = number(gaps)
     starts = ["\n" in gap or any(sign in gap for sign in (". ", "? ", "! ")) for gap in different]
     text.paper = np.repeat(np.arange(len(lengths)), lengths)
-    place = np.arange(len(form)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    text.starts = np.array(starts, dtype=bool)[alike] | (place == 0)
+    text.place = np.arange(len(form)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    text.starts = np.array(starts, dtype=bool)[alike] | (text.place == 0)
     marks = [gap.strip()[-1:] for gap in different]
     text.bracket = np.array([mark in ("(", "[") for mark in marks], dtype=bool)[alike]
     kinds = [PUNCTUATION.find(mark) + 3 if mark else 1 for mark in marks]
     text.gap = np.array(kinds, dtype=np.int64)[alike]
     text.gap[text.starts & (text.gap == 1)] = 0
-    text.title = place < np.repeat(np.array(title_lengths, dtype=np.int64), lengths)
+    text.title = text.place < np.repeat(np.array(title_lengths, dtype=np.int64), lengths)
     return text
 
 
@@ -112,8 +112,8 @@ def mean_over(values, found):
 def find_candidates(papers, train_papers):
     """The candidate phrases of all papers, and the features of them that need no keywords. Document frequencies are
     those of the first `train_papers` papers, less the paper itself. A phrase crosses no punctuation and neither begins
-    nor ends with a stop word; what hardly ever is a keyword is left out: of what
-    stands once and not in the title, phrases of four words and more, and those of one and three inside a longer one.
+    nor ends with a stop word. What hardly ever is a keyword is left out: of what stands once and not in the title,
+    phrases of four words and more, and those of one and three inside a longer one.
 
     Returns a namespace: text (of read_words, with left and right, what stands beside each word), phrases (list of str);
     arrays [candidates]: paper, phrase (index into phrases), n (words), first, last (place in text where it first begins
@@ -122,8 +122,7 @@ def find_candidates(papers, train_papers):
     ones) and stem (index into stems), array [phrases].
     """
     text = read_words(papers)
-    size, words, length = len(text.word), text.words, np.bincount(text.paper)
-    place = np.arange(size) - np.repeat(np.cumsum(length) - length, length)
+    size, words, place, length = len(text.word), text.words, text.place, np.bincount(text.paper)
     digits = np.array([w.replace(".", "").isdigit() for w in words], dtype=bool)[text.word]
     stop = np.array([w in STOP for w in words], dtype=bool)[text.word]
     parted = np.append((text.gap != 1) | (place == 0), True)  # from the word before; past the last word, too

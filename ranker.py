@@ -59,10 +59,10 @@ def build_corpus(train, test):
 
     text = found.text
     corpus.ends = [number([w[-n:] for w in text.words])[0] for n in (3, 4)]
-    used = np.unique(text.paper * max(1, len(text.words)) + text.word)
+    used = np.unique(text.paper * max(1, len(text.words)) + text.word)  # each word of a paper once
     stemmed = [stem_word(w).split(" ") for w in text.words]
     corpus.paper_words = [set() for _ in range(count)]
-    for paper, word in zip((used // max(1, len(text.words))).tolist(), (used % max(1, len(text.words))).tolist()):
+    for paper, word in zip(*np.divmod(used, max(1, len(text.words)))):
         corpus.paper_words[paper].update(stemmed[word])
     texts = common.build_text(papers, ["title", "abstract"])
     weights = TfidfVectorizer(stop_words=list(STOP), sublinear_tf=True, token_pattern=r"\w\w+", dtype=np.float32)
@@ -240,17 +240,17 @@ def learn_and_rate(corpus, folds, asked):
     f, paper, phrase, hit = add_learned(corpus, folds)
     wanted = ((folds >= 0) | asked)[paper]
     x = np.column_stack([values[wanted] for values in f.values()]).astype(np.float32)
-    by_tf_idf = 1 / (2 + rank(paper, f["tf_idf"] * np.maximum(f["alone"], 0)))[wanted]
     paper, phrase, hit = paper[wanted], phrase[wanted], hit[wanted]
     fold, prob, count = folds[paper], np.zeros(len(paper)), folds.max() + 1
 
-    def rate(number):
+    def rate(own):
         """Of the fold and of the asked papers."""
-        learn, rated = (fold >= 0) & (fold != number), (fold == number) | (fold < 0)
-        if not 0 < hit[learn].sum() < learn.sum():  # nothing to learn from
-            return rated, by_tf_idf[rated]
+        learn, rated = (fold >= 0) & (fold != own), (fold == own) | (fold < 0)
+        if not 0 < hit[learn].sum() < learn.sum():  # nothing to learn from: by TF-IDF
+            weight = (f["tf_idf"] * np.maximum(f["alone"], 0))[wanted][rated]
+            return rated, 1 / (2 + rank(paper[rated], weight))
         with threadpool_limits(1, user_api="openmp"):  # a fold a core: threads within so small a fit mostly wait
-            return rated, fit_trees(x[learn], hit[learn], number)(x[rated])
+            return rated, fit_trees(x[learn], hit[learn], own)(x[rated])
 
     with ThreadPoolExecutor(min(count, os.cpu_count() or 1)) as pool:
         for rated, by_fold in tqdm(pool.map(rate, range(count)), total=count, desc="folds"):
