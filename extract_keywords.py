@@ -23,6 +23,7 @@ from phrases import split_keywords, stem
 from ranker import build_corpus, entries, learn_and_rate, rank
 
 MOST = 30  # keywords a paper, the challenge's limit
+PARTITIONS = 4  # into folds, over which ratings are averaged
 
 
 def pick(corpus, rated, threshold, top=None):
@@ -79,6 +80,14 @@ def best_threshold(rated, total):
 
 
 # ---- the whole -------------------------------------------------------------------------------------------------------
+
+
+def part(labelled, count, folds, seed):
+    """PARTITIONS of the labelled papers into folds. Returns an int array [PARTITIONS, count], -1 for other papers."""
+    rng, partitions = np.random.default_rng(seed), np.full((PARTITIONS, count), -1)
+    for partition in partitions:
+        partition[labelled] = rng.permutation(len(labelled)) % folds
+    return partitions
 
 
 def pick_out_of_fold(corpus, rated, folds, counts, top=None):
@@ -151,11 +160,10 @@ def extract(args, folder):
     train, test, counts = read_both(args)
     labelled = np.flatnonzero(counts)
     corpus = build_corpus(train, test)
-    folds = np.full(corpus.count, -1)
-    folds[labelled] = np.random.default_rng(args.seed).permutation(len(labelled)) % args.folds
+    partitions = part(labelled, corpus.count, args.folds, args.seed)
     is_test = np.arange(corpus.count) >= len(train)
-    rated = learn_and_rate(corpus, folds, is_test)
-    picked, threshold = pick_out_of_fold(corpus, rated, folds, counts, args.top)
+    rated = learn_and_rate(corpus, partitions, is_test)
+    picked, threshold = pick_out_of_fold(corpus, rated, partitions[0], counts, args.top)
     true = [list(split_keywords(cell)) for cell in train["Keywords"].iloc[labelled]]
     values = score_keywords([picked.get(paper, []) for paper in labelled], true)
 

@@ -68,8 +68,8 @@ def number(items):
 def read_words(papers):
     """The words of title and abstract, paper after paper. Returns a namespace: words (list of the different ones,
     lower case) and arrays [words in all papers]: word (index into words), written (as written), paper, place (in the
-    paper, from 0), title (bool), gap (before it: 0 a new sentence, 1 a blank, else a punctuation mark), bracket (bool:
-    just behind an opening one), case (0 lower, 1 Capitalised, 2 other), starts (bool: first of a sentence).
+    paper, from 0), title (bool), gap (before it: 0 a line's start, 1 a blank, else a punctuation mark), bracket (bool:
+    just behind an opening one), case (0 lower, 1 Capitalised, 2 other).
     """
     gaps, written, lengths, title_lengths = [], [], [], []
     for title, abstract in zip(papers["title"], papers["abstract"]):
@@ -86,15 +86,13 @@ def read_words(papers):
     case = [0 if w == w.lower() else 1 if w[1:].islower() else 2 for w in forms]
     text.case = np.array(case, dtype=np.int64)[form]
     alike, different = number(gaps)
-    starts = ["\n" in gap or any(sign in gap for sign in (". ", "? ", "! ")) for gap in different]
     text.paper = np.repeat(np.arange(len(lengths)), lengths)
     text.place = np.arange(len(form)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    text.starts = np.array(starts, dtype=bool)[alike] | (text.place == 0)
     marks = [gap.strip()[-1:] for gap in different]
     text.bracket = np.array([mark in ("(", "[") for mark in marks], dtype=bool)[alike]
-    kinds = [PUNCTUATION.find(mark) + 3 if mark else 1 for mark in marks]
+    kinds = [PUNCTUATION.find(mark) + 3 if mark else "\n" not in gap for mark, gap in zip(marks, different)]
     text.gap = np.array(kinds, dtype=np.int64)[alike]
-    text.gap[text.starts & (text.gap == 1)] = 0
+    text.gap[(text.place == 0) & (text.gap == 1)] = 0
     text.title = text.place < np.repeat(np.array(title_lengths, dtype=np.int64), lengths)
     return text
 
@@ -163,17 +161,12 @@ def find_candidates(papers, train_papers):
     found.n = found.last - found.first + 1
     found.final = final = begin[np.append(first[1:], len(begin))[: len(first)] - 1]
     total = np.maximum(length[found.paper], 1)
-    f = {"n": found.n, "tf": tf, "tf_share": tf / total, "paper_words": total}
+    f = {"n": found.n, "tf": tf, "tf_share": tf / total}
 
-    f["first"], f["first_share"], f["last_share"] = place[found.first], place[found.first] / total, place[final] / total
+    f["first"], f["last_share"] = place[found.first], place[final] / total
     f["spread"] = (final - found.first) / total
-    sentence = np.cumsum(text.starts)
-    f["sentence"] = sentence[found.first] - sentence[found.first - place[found.first]]
     title_words = np.bincount(text.paper, text.title)[found.paper]
     there = titled >= 0
-    f["title"] = share(in_title) * tf
-    f["title_begin"] = np.where(there, place[titled] / np.maximum(title_words, 1), -1)
-    f["title_end"] = np.where(there, title_words - place[titled] - found.n, -1)
     f["title_share"] = np.where(there, found.n / np.maximum(title_words, 1), 0)
     paper_word = np.unique(text.paper * len(words) + text.word, return_inverse=True)[1]
     # Journals that capitalise titles also add index terms to the authors' keywords.
@@ -185,8 +178,6 @@ def find_candidates(papers, train_papers):
     f["alone_left"], f["alone_right"] = share(open_left[begin]), share(open_right[end])
     alone = open_left[begin] & open_right[end]
     f["alone"], f["alone_count"] = share(alone), share(alone) * tf
-    f["parted_left"], f["parted_right"] = share(parted[begin]), share(parted[end + 1])
-    f["bracketed"] = share(text.bracket[begin] & parted[end + 1])
     f["before_bracket"] = share(np.append(text.bracket, False)[end + 1])
     table = np.full((LONGEST + 1, size + 1), -1)  # which candidate begins here with n words
     table[end - begin + 1, begin] = of
@@ -198,11 +189,9 @@ def find_candidates(papers, train_papers):
                 part = table[inner, start + shift]
                 np.maximum.at(longest, part[part >= 0], tf[table[n, start[part >= 0]]])
                 inside += np.bincount(part[part >= 0], minlength=len(tf))
-    f["inside"], f["longer_tf"], f["longer_tf_share"] = inside / tf, longest, longest / tf
+    f["inside"], f["longer_tf_share"] = inside / tf, longest / tf
 
-    case, later = text.case[begin], ~text.starts[begin]
-    f["capital"] = np.bincount(of, (case == 1) & later, len(tf)) / np.maximum(np.bincount(of, later, len(tf)), 1)
-    f["upper"], f["upper_last"] = share(case == 2), share(text.case[end] == 2)
+    f["upper"] = share(text.case[begin] == 2)
     letters = np.array([len(w) for w in words], dtype=np.int64)[text.word]
     f["letters"] = mean_over(letters, found) * found.n
     f["letters_first"], f["letters_last"] = letters[found.first], letters[found.last]
@@ -222,7 +211,7 @@ def find_candidates(papers, train_papers):
     known = text.paper < train_papers
     seen = np.unique(text.paper[known] * len(words) + text.word[known]) % max(1, len(words))
     idf = np.log((train_papers + 1) / (np.bincount(seen, minlength=len(words))[text.word] - known + 1))
-    f["idf"], f["idf_first"], f["idf_last"] = mean_over(idf, found), idf[found.first], idf[found.last]
+    f["idf"], f["idf_first"] = mean_over(idf, found), idf[found.first]
     f["word_tf"] = mean_over(word_tf, found)
     f["cohesion"] = tf / np.minimum(word_tf[found.first], word_tf[found.last])
 
@@ -241,6 +230,6 @@ def find_candidates(papers, train_papers):
         stems.append(" ".join([stemmed[i] for i in number_of]))
     found.stem, found.stems = number(stems)
     _, alike = np.unique(found.paper * len(stems) + found.stem[found.phrase], return_inverse=True)
-    for name in ("tf", "title", "alone_count"):
+    for name in ("tf", "alone_count"):
         found.features[f"stem_{name}"] = np.bincount(alike, found.features[name])[alike].astype(np.float32)
     return found

@@ -3,9 +3,10 @@ trees. For extract_keywords.py.
 
 Candidates are the phrases that stand in a paper and the keywords of training papers like it.
 
-What is learned from keywords is cross-fitted over one set of folds: a paper's features are drawn, and the trees that
-rate it are fitted, from the keywords of the other folds. The features of those other papers do count its own fold's
-keywords, though; by measurement that leaves the scores out of fold a little below those of papers never seen at all.
+What is learned from keywords is cross-fitted over folds: a paper's features are drawn, and the trees that rate it are
+fitted, from the keywords of the other folds. The features of those other papers do count its own fold's keywords,
+though; by measurement scores out of fold and of papers never seen at all agree nevertheless. All of it is repeated over
+several partitions into folds and averaged, since one set of trees varies much more than the mean of a few.
 """
 
 import os
@@ -24,8 +25,8 @@ import common
 from phrases import STOP, find_candidates, mean_over, number, split_keywords, stem, stem_word
 
 NEIGHBOURS, PROPOSED = 40, 30  # labelled papers asked for keywords, and how many of those keywords become candidates
-TREES = {"max_iter": 200, "learning_rate": 0.05, "max_leaf_nodes": 31, "max_features": 0.2}
-NEGATIVES = 0.3  # share of the wrong candidates that the trees learn from
+TREES = {"max_iter": 100, "learning_rate": 0.1, "max_leaf_nodes": 31, "max_features": 0.2}
+NEGATIVES = 0.25  # share of the wrong candidates that a fold's trees learn from
 
 
 # ---- what keywords teach ---------------------------------------------------------------------------------------------
@@ -195,7 +196,6 @@ def add_learned(corpus, folds):
     learned["word"] = mean_over(word_rate, found)
     learned["word_least"] = np.minimum(word_rate[found.first], word_rate[found.last])
     learned["word_left"] = np.where(left < count, word_rate[found.first - 1], -1)
-    learned["word_right"] = np.where(right < count, np.append(word_rate, 0)[found.last + 1], -1)
     gap = np.full(len(more_paper), -1.0)  # what doesn't apply is -1: the trees stumble over columns of nothing but NaN
     f |= {name: np.append(values, gap) for name, values in {**found.features, **learned}.items()}
     f["n"][len(found.paper) :] = [len(corpus.phrases[i].split()) for i in more_phrase]
@@ -232,11 +232,8 @@ def fit_trees(x, hit, seed):
     return predict
 
 
-def learn_and_rate(corpus, folds, asked):
-    """Rate the candidates of each paper, by trees that learned from the papers of the other folds. folds: int array
-    [papers], the fold of a paper to learn from, -1 for any other; asked: bool array [papers], those of them to rate,
-    too, by the mean of all folds' trees. Returns (paper, phrase, P(keyword)), arrays [candidates].
-    """
+def rate_once(corpus, folds, asked, seed):
+    """learn_and_rate over one partition; the fold's number is added to the seed of its trees."""
     f, paper, phrase, hit = add_learned(corpus, folds)
     wanted = ((folds >= 0) | asked)[paper]
     x = np.column_stack([values[wanted] for values in f.values()]).astype(np.float32)
@@ -250,9 +247,24 @@ def learn_and_rate(corpus, folds, asked):
             weight = (f["tf_idf"] * np.maximum(f["alone"], 0))[wanted][rated]
             return rated, 1 / (2 + rank(paper[rated], weight))
         with threadpool_limits(1, user_api="openmp"):  # a fold a core: threads within so small a fit mostly wait
-            return rated, fit_trees(x[learn], hit[learn], own)(x[rated])
+            return rated, fit_trees(x[learn], hit[learn], seed + own)(x[rated])
 
     with ThreadPoolExecutor(min(count, os.cpu_count() or 1)) as pool:
-        for rated, by_fold in tqdm(pool.map(rate, range(count)), total=count, desc="folds"):
+        for rated, by_fold in pool.map(rate, range(count)):
             prob[rated] += by_fold / np.where(fold[rated] < 0, count, 1)
     return paper, phrase, prob
+
+
+def learn_and_rate(corpus, partitions, asked):
+    """Rate the candidates of each paper, by trees that learned from the papers of the other folds, and average that
+    over partitions. partitions: int array [partitions, papers], the fold of a paper to learn from, -1 for any other;
+    asked: bool array [papers], those of them to rate, too, by the mean of all folds' trees. Returns (paper, phrase,
+    P(keyword)), arrays [candidates]; a keyword that one partition doesn't propose counts as 0 there.
+    """
+    rated = [
+        rate_once(corpus, folds, asked, i * (folds.max() + 1))
+        for i, folds in enumerate(tqdm(partitions, desc="partitions"))
+    ]
+    paper, phrase, prob = map(np.concatenate, zip(*rated))
+    key, same = np.unique(paper * len(corpus.phrases) + phrase, return_inverse=True)
+    return *np.divmod(key, len(corpus.phrases)), np.bincount(same, prob) / len(partitions)

@@ -20,10 +20,10 @@ from phrases import split_keywords  # noqa: E402
 # What the names of a group's features begin with; the longest match counts. "alone" and "tf_idf" themselves stay, since
 # the ranker asks for them.
 GROUPS = {
-    "boundaries, nesting": "alone_ parted_ bracketed before_bracket inside longer_ stem_alone rank_alone",
-    "place, title": "first last_share spread sentence title words_in_title stem_title",
-    "frequency": "tf_share papers idf word_tf cohesion stem_tf rank_tf paper_words",
-    "shape": "n capital upper letters hyphens digits stop_words",
+    "boundaries, nesting": "alone_ before_bracket inside longer_ stem_alone rank_alone",
+    "place, title": "first last_share spread title words_in_title",
+    "frequency": "tf_share papers idf word_tf cohesion stem_tf rank_tf",
+    "shape": "n upper letters hyphens digits stop_words",
     "keywords of other papers": "known rate_ rates_ word rank_rate rank_word words_present",
     "keywords of similar papers": "near rank_near",
 }
@@ -49,10 +49,10 @@ def without(group, add_learned):
     return features
 
 
-def score(corpus, counts, true, folds):
+def score(corpus, counts, true, partitions):
     """Micro F1 out of fold."""
-    rated = ranker.learn_and_rate(corpus, folds, np.zeros(corpus.count, dtype=bool))
-    picked, _ = extract_keywords.pick_out_of_fold(corpus, rated, folds, counts)
+    rated = ranker.learn_and_rate(corpus, partitions, np.zeros(corpus.count, dtype=bool))
+    picked, _ = extract_keywords.pick_out_of_fold(corpus, rated, partitions[0], counts)
     return extract_keywords.score_keywords([picked.get(paper, []) for paper in range(len(true))], true)["f1"]
 
 
@@ -64,13 +64,13 @@ def main():
     true = [list(split_keywords(cell)) for cell in train["Keywords"]]
     counts = np.array([len(keywords) for keywords in true])
     corpus = ranker.build_corpus(train, train.head(0))
-    folds = np.where(counts > 0, np.random.default_rng(42).permutation(len(train)) % 5, -1)
+    partitions = extract_keywords.part(np.flatnonzero(counts), len(train), 5, 42)
 
-    whole = score(corpus, counts, true, folds)
+    whole = score(corpus, counts, true, partitions)
     print(f"{'everything':40} {whole:.4f}", flush=True)
 
     def tell(name):
-        value = score(corpus, counts, true, folds)
+        value = score(corpus, counts, true, partitions)
         print(f"{'without ' + name:40} {value:.4f} {value - whole:+.4f}", flush=True)
 
     add_learned = ranker.add_learned
