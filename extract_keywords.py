@@ -1,4 +1,4 @@
-"""Task 2: keywords for papers that come without any, learned from the training papers' own. Half a minute, no torch.
+"""Task 2: keywords for papers that come without any, learned from the training papers' own. Under a minute, no torch.
 
     python extract_keywords.py                    out-of-fold scores, keywords of every test paper
     python extract_keywords.py --top 5            always five keywords a paper
@@ -8,7 +8,7 @@ outputs/keywords/metrics.json, and submit_task2.csv (uuid, Keywords) in the curr
 
 Candidates are the phrases of a paper's title and abstract (phrases.py) and the keywords of training papers like it;
 boosted trees rate them (ranker.py). A paper gets those rated above the threshold that gives the best micro F1. Scores
-are out of fold; a test paper gets the mean rating of all folds' trees.
+are out of fold; a test paper gets the mean rating of all trees. The papers are parted into folds PARTITIONS times.
 """
 
 import time

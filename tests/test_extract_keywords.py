@@ -96,6 +96,27 @@ def test_own_keywords_change_no_feature_of_a_paper():
         assert np.allclose(a[name], b[name], equal_nan=True), name
 
 
+def test_every_partition_holds_out_each_labelled_paper_once():
+    partitions = keywords.part(np.array([0, 2, 3, 5, 6, 7]), 8, 3, seed=1)
+    for folds in partitions:
+        assert folds[[1, 4]].tolist() == [-1, -1] and np.bincount(folds[folds >= 0]).tolist() == [2, 2, 2]
+    assert len(np.unique(partitions, axis=0)) > 1
+
+
+def test_ratings_are_the_mean_over_partitions(few_trees):
+    """A keyword that is a candidate in one partition alone counts as 0 in the other."""
+    train = common.read_papers(common.HERE / "data" / "sample" / "train.csv")
+    corpus = ranker.build_corpus(train, train.head(0))
+    paper = np.arange(len(train))
+    partitions, asked = np.array([paper % 3, paper // 2 % 3]), np.zeros(len(train), dtype=bool)
+    once = [ranker.rate_once(corpus, folds, asked, 3 * i) for i, folds in enumerate(partitions)]
+    first, second = ({(p, k): r for p, k, r in zip(*rated)} for rated in once)
+    mean = {(p, k): r for p, k, r in zip(*ranker.learn_and_rate(corpus, partitions, asked))}
+    assert set(first) != set(second) and set(mean) == set(first) | set(second)
+    for key, rating in mean.items():
+        assert np.isclose(rating, (first.get(key, 0) + second.get(key, 0)) / 2) and 0 <= rating <= 1
+
+
 def test_scores():
     values = keywords.score_keywords([["a", "b"], ["cells"]], [["a", "c", "d"], ["cell"]])
     assert (values["precision"], values["recall"], values["f1"]) == (0.333333, 0.25, 0.285714)
