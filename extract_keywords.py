@@ -99,7 +99,7 @@ def pick_out_of_fold(corpus, rated, folds, counts, top=None):
 
     def threshold(use):
         rows = use[paper]
-        total = counts[np.flatnonzero(use)].sum()
+        total = counts[use[: len(counts)]].sum()
         return best_threshold((paper[rows], hit[rows], prob[rows]), total) if rows.any() else 0.1
 
     picked = {}

@@ -69,12 +69,13 @@ def read_words(papers):
     """The words of title and abstract, paper after paper. Returns a namespace: words (list of the different ones,
     lower case) and arrays [words in all papers]: word (index into words), written (as written), paper, place (in the
     paper, from 0), title (bool), gap (before it: 0 a line's start, 1 a blank, else a punctuation mark), bracket (bool:
-    just behind an opening one), case (0 lower, 1 Capitalised, 2 other).
+    just behind an opening one), case (0 lower, 1 Capitalised, 2 other), pair (index into the next two); arrays [each
+    different word of each paper]: pair_paper, pair_word.
     """
     gaps, written, lengths, title_lengths = [], [], [], []
     for title, abstract in zip(papers["title"], papers["abstract"]):
-        head, tail = WORD.split(title), WORD.split(abstract)  # gap, word, gap, …, word, gap
-        parts = [*head[:-1], f"{head[-1]}\n{tail[0]}", *tail[1:]]
+        head, tail = WORD.split(f"\n{title}"), WORD.split(f"\n{abstract}")  # gap, word, gap, …, word, gap
+        parts = [*head[:-1], head[-1] + tail[0], *tail[1:]]
         gaps += parts[0:-1:2]
         written += parts[1::2]
         lengths.append(len(parts) // 2)
@@ -92,8 +93,9 @@ def read_words(papers):
     text.bracket = np.array([mark in ("(", "[") for mark in marks], dtype=bool)[alike]
     kinds = [PUNCTUATION.find(mark) + 3 if mark else "\n" not in gap for mark, gap in zip(marks, different)]
     text.gap = np.array(kinds, dtype=np.int64)[alike]
-    text.gap[(text.place == 0) & (text.gap == 1)] = 0
     text.title = text.place < np.repeat(np.array(title_lengths, dtype=np.int64), lengths)
+    pairs, text.pair = np.unique(text.paper * max(1, len(words)) + text.word, return_inverse=True)
+    text.pair_paper, text.pair_word = np.divmod(pairs, max(1, len(words)))
     return text
 
 
@@ -168,12 +170,11 @@ def find_candidates(papers, train_papers):
     title_words = np.bincount(text.paper, text.title)[found.paper]
     there = titled >= 0
     f["title_share"] = np.where(there, found.n / np.maximum(title_words, 1), 0)
-    paper_word = np.unique(text.paper * len(words) + text.word, return_inverse=True)[1]
     # Journals that capitalise titles also add index terms to the authors' keywords.
     telling = text.title & ~stop & (place > 0)
     capital = np.bincount(text.paper, telling & (text.case > 0)) / np.maximum(np.bincount(text.paper, telling), 1)
     f["title_case"] = capital[found.paper]
-    f["words_in_title"] = mean_over((np.bincount(paper_word, text.title) > 0)[paper_word], found)
+    f["words_in_title"] = mean_over((np.bincount(text.pair, text.title) > 0)[text.pair], found)
 
     f["alone_left"], f["alone_right"] = share(open_left[begin]), share(open_right[end])
     alone = open_left[begin] & open_right[end]
@@ -207,10 +208,10 @@ def find_candidates(papers, train_papers):
         for values in (tf, f["alone_count"])
     )
     f["alone_elsewhere"] = (whole_alone + 0.5) / (whole_tf + 1)
-    word_tf = np.bincount(paper_word)[paper_word]
+    word_tf = np.bincount(text.pair)[text.pair]
     known = text.paper < train_papers
-    seen = np.unique(text.paper[known] * len(words) + text.word[known]) % max(1, len(words))
-    idf = np.log((train_papers + 1) / (np.bincount(seen, minlength=len(words))[text.word] - known + 1))
+    counted = np.bincount(text.pair_word[text.pair_paper < train_papers], minlength=len(words))[text.word] - known
+    idf = np.log((train_papers + 1) / (counted + 1))
     f["idf"], f["idf_first"] = mean_over(idf, found), idf[found.first]
     f["word_tf"] = mean_over(word_tf, found)
     f["cohesion"] = tf / np.minimum(word_tf[found.first], word_tf[found.last])

@@ -60,10 +60,9 @@ def build_corpus(train, test):
 
     text = found.text
     corpus.ends = [number([w[-n:] for w in text.words])[0] for n in (3, 4)]
-    used = np.unique(text.paper * max(1, len(text.words)) + text.word)  # each word of a paper once
     stemmed = [stem_word(w).split(" ") for w in text.words]
     corpus.paper_words = [set() for _ in range(count)]
-    for paper, word in zip(*np.divmod(used, max(1, len(text.words)))):
+    for paper, word in zip(text.pair_paper, text.pair_word):
         corpus.paper_words[paper].update(stemmed[word])
     texts = common.build_text(papers, ["title", "abstract"])
     weights = TfidfVectorizer(stop_words=list(STOP), sublinear_tf=True, token_pattern=r"\w\w+", dtype=np.float32)
@@ -190,9 +189,8 @@ def add_learned(corpus, folds):
         learned[f"rates_{name}"] = np.bincount(found.of, rate) / np.bincount(found.of)
     # How often papers have a word in one of their keywords, of the papers that have it in their text.
     marks = np.bincount(found.first, hits, len(text.word) + 1) - np.bincount(found.last + 1, hits, len(text.word) + 1)
-    pair, same = np.unique(text.paper * count + text.word, return_inverse=True)
-    covered = np.bincount(same, np.cumsum(marks)[:-1] > 0) > 0
-    word_rate = rates(pair % count, covered.astype(float), folds[pair // count], 5)[same]
+    covered = np.bincount(text.pair, np.cumsum(marks)[:-1] > 0) > 0
+    word_rate = rates(text.pair_word, covered.astype(float), folds[text.pair_paper], 5)[text.pair]
     learned["word"] = mean_over(word_rate, found)
     learned["word_least"] = np.minimum(word_rate[found.first], word_rate[found.last])
     learned["word_left"] = np.where(left < count, word_rate[found.first - 1], -1)
