@@ -1,0 +1,304 @@
+"""What a model leaves under outputs/NAME/: scores, predictions, submission. Every file is written whole or not at all.
+
+    with locked(folder):                                              # no second run in this folder
+        save_results(folder, metrics, test, test_probs, held_out, valid_probs)
+        write_submission("submit_task1.csv", test, test_probs >= 0.5, out_dir)
+"""
+
+import errno
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+from contextlib import ExitStack, contextmanager, suppress
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from filelock import FileLock, Timeout
+
+from common import LABELS, InputError, few, fingerprint, log, read_rows
+
+METRICS = ("accuracy", "precision", "recall", "f1", "auc", "log_loss")
+RERUN = "run the script that writes it again"
+
+
+def scores(labels, probs):
+    """accuracy, precision, recall, f1 (class 1, threshold 0.5), auc and log_loss (nats) of P(label = 1). auc is None if
+    only one label occurs.
+    """
+    from sklearn import metrics  # takes a second to import, and --help needs none of it
+
+    labels, probs = np.asarray(labels), np.asarray(probs, dtype=float)
+    guess = (probs >= 0.5).astype(int)
+    precision, recall, f1, _ = metrics.precision_recall_fscore_support(labels, guess, average="binary", zero_division=0)
+    auc = metrics.roc_auc_score(labels, probs) if 0 < labels.sum() < len(labels) else None
+    log_loss = metrics.log_loss(labels, np.clip(probs, 1e-7, 1 - 1e-7), labels=[0, 1])
+    values = dict(zip(METRICS, (np.mean(guess == labels), precision, recall, f1, auc, log_loss)))
+    return {name: None if value is None else round(float(value), 6) for name, value in values.items()}
+
+
+def score_table(rows):
+    """A table as text. `rows`: a list of (model, scores, note)."""
+    frame = pd.DataFrame([{"model": name, **values, "papers, fields": note} for name, values, note in rows])
+    frame = frame.astype(dict.fromkeys(METRICS, float))
+    return frame.to_string(index=False, float_format="{:.4f}".format, na_rep="–", justify="left")
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def with_filename(path):
+    """Add `path` to an OSError that names no file (disk full), and turn a library's error about the disk into one."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+    except Exception as error:  # safetensors and tokenizers, written in Rust, say "… (os error 28)"
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        if not found:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
+
+
+@contextmanager
+def atomic_write(path):
+    """Yield a temporary path to write a file or a folder to. If the block succeeds, it replaces `path`; if not, it is
+    removed and `path` stays as it was. Of a link the target is replaced; a device or a pipe is written to.
+    """
+    path = Path(path)
+    special = path.exists() and not path.is_file() and not path.is_dir() or Path("/dev") in path.parents
+    target = Path(tempfile.gettempdir()) / path.name if special else Path(os.path.realpath(path))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part, old = (target.with_name(f".{target.name}.{os.getpid()}.{kind}") for kind in ("part", "old"))
+    try:
+        with with_filename(path):
+            yield part
+            if special:
+                with open(part, "rb") as source, open(path, "wb") as sink:
+                    shutil.copyfileobj(source, sink)
+            elif part.is_dir() and target.is_dir():
+                target.rename(old)
+                part.rename(target)
+                shutil.rmtree(old)
+            else:
+                if part.is_file():
+                    with open(part, "r+b") as file:  # Windows syncs only what is open for writing
+                        os.fsync(file.fileno())
+                os.replace(part, target)
+    except OSError as error:
+        if str(error.filename).startswith(str(part)):
+            error.filename = str(path)
+        raise
+    finally:
+        shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
+
+
+def write_csv(path, columns):
+    """Write a dict of columns as CSV (UTF-8, LF)."""
+    with atomic_write(path) as part:
+        pd.DataFrame(columns).to_csv(part, index=False, encoding="utf-8", lineterminator="\n")
+
+
+def write_json(path, value):
+    with atomic_write(path) as part:
+        part.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+
+def read_json(path, **types):
+    """The content of a JSON file, {} if there is no file. Raises InputError if it is damaged or, with `types`, unless it
+    is an object with these names and types: read_json(path, model=str, fields=list).
+    """
+    path = Path(path)
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is damaged ({error}): {RERUN}") from None
+    if types and not isinstance(value, dict):
+        raise InputError(f"{path} is damaged (it is not an object): {RERUN}")
+    if wrong := [name for name, kind in types.items() if not isinstance(value.get(name), kind)]:
+        raise InputError(f"{path} is damaged ({few(wrong)}): {RERUN}")
+    return value
+
+
+@contextmanager
+def locked(folder, wanted=True):
+    """Keep a second run out of a folder, and tidy up what a killed run left there. The system drops the lock with the
+    process, however that ends. Without `wanted` (all processes of a run but the first) nothing happens.
+    """
+    if not wanted:
+        yield
+        return
+    new = [place for place in (folder, *folder.parents) if not place.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock", timeout=0, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise InputError(f"{folder} is in use by another run: wait for it, or give another --out-dir") from None
+    except OSError as error:  # some network file systems
+        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL):
+            raise
+        log(f"warning: no file locks in {folder} ({error.strerror}): don't start a second run there")
+    try:
+        tidy(folder)
+        yield
+    finally:
+        if os.listdir(folder) == [".lock"]:  # refused before anything was written
+            (folder / ".lock").unlink()
+            with suppress(OSError):  # others have written there meanwhile
+                for place in new:
+                    place.rmdir()
+        lock.release()
+
+
+def tidy(folder):
+    """Put back or remove what an atomic_write that was killed left in a folder."""
+    for old in [*folder.rglob(".*.old")]:  # killed between the two renames
+        home = old.with_name(old.name[1:].rsplit(".", 2)[0])
+        if not home.exists():
+            old.rename(home)
+    for left in [*folder.rglob(".*.part"), *folder.rglob(".*.old")]:
+        shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+
+
+# ---- a model's folder ------------------------------------------------------------------------------------------------
+
+
+def describe_changes(old, new):
+    """What differs between two dicts of settings: {"lr": 1}, {"lr": 2} -> 'lr was 1 and is 2'."""
+    names = [name for name in sorted({**old, **new}) if old.get(name) != new.get(name)]
+    return ", ".join(f"{name} was {old.get(name)} and is {new.get(name)}" for name in names)
+
+
+def record_of_test(test):
+    """What metrics.json says about the test papers: their number and a fingerprint, by which blend.py recognises them."""
+    return {"test": len(test), "test_fingerprint": fingerprint(test)}
+
+
+def paper_record(train, test, held_out):
+    """What metrics.json says about all papers. `held_out`: how many of train were held out."""
+    return {"train": len(train), "held_out": int(held_out), "train_fingerprint": fingerprint(train), **record_of_test(test)}
+
+
+def peak_memory_mb():
+    """The most main memory this process has held, in MiB; None on Windows, which does not say."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)
+
+
+def environment(device="cpu", peak_memory=None):
+    """What metrics.json says about where a model ran: memory in MiB, versions of the packages in use, device."""
+    packages = {"sklearn": "scikit-learn"} | {name: name for name in ("numpy", "pandas", "torch", "transformers", "peft",
+                                                                      "accelerate")}
+    used = {package: version(package) for module, package in packages.items() if module in sys.modules}
+    return {
+        "peak_memory_mb": peak_memory_mb() if peak_memory is None else peak_memory,
+        "versions": {"python": sys.version.split()[0], **used},
+        "device": device,
+    }
+
+
+def write_probs(path, papers, probs, labelled=False):
+    """Write uuid, (label,) prob. Raises ValueError unless `probs` is one number in [0, 1] per paper."""
+    probs = np.asarray(probs, dtype=float)
+    if probs.shape != (len(papers),) or not np.all((probs >= 0) & (probs <= 1)):
+        raise ValueError(f"{path}: want {len(papers)} probabilities in [0, 1], got shape {probs.shape}")
+    label = {"label": papers["label"].tolist()} if labelled else {}
+    write_csv(path, {"uuid": papers["uuid"].tolist(), **label, "prob": probs})
+
+
+def save_results(folder, metrics, test, test_probs, held_out=None, valid_probs=None):
+    """Write test.csv, metrics.json and, with the frame of the held-out papers, valid.csv: all of them or none. A run that
+    is killed here leaves the old results, the new ones, or a folder without test.csv, which is not a finished model.
+    """
+    folder = Path(folder)
+    with ExitStack() as stack:  # left in reverse order: metrics.json is put in place last
+        metrics_part, test_part = (stack.enter_context(atomic_write(folder / n)) for n in ("metrics.json", "test.csv"))
+        if held_out is not None:
+            write_probs(stack.enter_context(atomic_write(folder / "valid.csv")), held_out, valid_probs, labelled=True)
+        write_probs(test_part, test, test_probs)
+        write_json(metrics_part, metrics)
+        for name in ("metrics.json", "test.csv"):
+            (folder / name).unlink(missing_ok=True)
+
+
+def read_predictions(path):
+    """The frame that save_results wrote: uuid (str), (label: int,) prob (float)."""
+    try:
+        frame = pd.read_csv(path, dtype={"uuid": str, "prob": float}, keep_default_na=False)
+        frame = frame[["uuid", *(["label"] if "label" in frame else []), "prob"]]
+        if not frame["prob"].between(0, 1).all():
+            raise ValueError("a probability is not in [0, 1]")
+        return frame
+    except (ValueError, KeyError) as error:
+        raise InputError(f"{path} is damaged ({error}): {RERUN}") from None
+
+
+def read_labels(test_path, test):
+    """The labels of the test papers, int array in the order of `test`, from FILE_labels.csv beside FILE.csv; None if
+    there is no such file. The labels of one test file say nothing about another: both may number their papers from 0.
+    """
+    path = Path(test_path).with_name(f"{Path(test_path).stem}_labels.csv")
+    if not path.is_file():
+        return None
+    header, rows, _ = read_rows(path)
+    names = [name.strip().casefold() for name in header]
+    if "uuid" not in names or "label" not in names:
+        raise InputError(f"{path}: no column uuid or label; fix it or move it away")
+    labels = {row[names.index("uuid")]: LABELS.get(row[names.index("label")].strip()) for row in rows}
+    if any(labels.get(uuid) is None for uuid in test["uuid"]):
+        log(f"{path} does not label all test papers: no test scores")
+        return None
+    return np.array([labels[uuid] for uuid in test["uuid"]])
+
+
+# ---- submission ------------------------------------------------------------------------------------------------------
+
+
+def read_keywords(folder, test):
+    """{uuid: keywords} as a Series in the order of `test`, from extract_keywords.py's folder; None if it is not there or
+    about other papers.
+    """
+    path = Path(folder) / "test.csv"
+    if not path.is_file():
+        return None
+    record = read_json(path.with_name("metrics.json"), papers=dict) or {"papers": {}}
+    if record["papers"].get("test_fingerprint") != fingerprint(test):
+        log(f"warning: {path} is about other test papers and not used: run extract_keywords.py again")
+        return None
+    try:
+        keywords = pd.read_csv(path, dtype=str, keep_default_na=False).set_index("uuid")["Keywords"].loc[test["uuid"]]
+    except (ValueError, KeyError):
+        raise InputError(f"{path} is damaged: run extract_keywords.py again") from None
+    if len(keywords) != len(test):
+        raise InputError(f"{path} repeats a uuid: run extract_keywords.py again")
+    return keywords
+
+
+def write_submission(path, test, labels, out_dir):
+    """Write uuid, Keywords, label in the order of the test file. Keywords: the test file's own, else those that
+    extract_keywords.py found for these very papers, else the titles; an empty cell takes the title. `labels`: 0/1.
+    """
+    labels = np.asarray(labels).astype(int)
+    if labels.shape != (len(test),) or not np.isin(labels, (0, 1)).all():
+        raise ValueError(f"{path}: want {len(test)} labels of 0 or 1")
+    source, keywords = "the titles", test["title"]
+    if "Keywords" in test:
+        source, keywords = "the test file", test["Keywords"]
+    elif (found := read_keywords(Path(out_dir) / "keywords", test)) is not None:
+        source, keywords = Path(out_dir) / "keywords" / "test.csv", found
+    cells = [cell or title for cell, title in zip(keywords, test["title"])]
+    write_csv(path, {"uuid": test["uuid"].tolist(), "Keywords": cells, "label": labels})
+    log(f"wrote {path}: {len(test)} papers, {labels.sum()} with label 1, Keywords from {source}")
