@@ -10,6 +10,7 @@ import csv
 import hashlib
 import html
 import io
+import logging
 import os
 import sys
 import unicodedata
@@ -23,6 +24,7 @@ FIELDS = ("title", "author", "abstract", "Keywords")
 REQUIRED = ("uuid", "title", "abstract")
 LABELS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1}
 MAX_COLUMNS = 1000
+logging.getLogger("matplotlib").setLevel(logging.ERROR)  # silent about where its cache goes if the home is read-only
 
 
 class InputError(Exception):
@@ -35,8 +37,18 @@ def log(message):
         print(message, file=sys.stderr, flush=True)
 
 
+def open_streams():
+    """Make every print() safe: what goes to a closed stream is dropped, what the terminal can't show becomes '?'."""
+    for name in ("stdin", "stdout", "stderr"):  # in this order, so that each gets its own number, 0 to 2, again
+        if getattr(sys, name) is None:  # closed; print() to a closed stderr would go to stdout
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w", encoding="utf-8"))
+    if isinstance(sys.stdout, io.TextIOWrapper):  # it is another thing in a notebook
+        sys.stdout.reconfigure(errors="replace")
+
+
 def run_script(main):
     """Run main(). A fault the user can fix becomes one line on stderr and an exit code, not a traceback."""
+    open_streams()
     try:
         main()
         return sys.stdout.flush()
