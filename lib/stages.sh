@@ -2,7 +2,7 @@
 # What run.sh is made of: stages of which one may fail, commands that a signal stops at once, last lines that say what
 # failed. run.sh sets $kit, $outputs, $stages (those asked for) and $left (those of them that are not done yet).
 
-say() { printf '\n== %s\n' "$*" >&2; }
+say() { printf '\n== %s\n' "$*" >&2 || true; }
 
 die() {
     printf 'run.sh: %s\n' "$*" >&2
