@@ -34,8 +34,6 @@ For example:  DATA_DIR=~/papers SEED=7 bash run.sh baseline blend
 HELP
 }
 
-{ : >&2; } 2>/dev/null || exec 2>/dev/null # stderr is closed: its lines must not land elsewhere
-
 # What a shell or a cluster left in the environment must not change where packages come from or go to, nor make a
 # process wait for others.
 unset CDPATH PYTHONHOME PYTHONPATH PYTHONSAFEPATH
