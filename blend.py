@@ -12,13 +12,13 @@ best single model; of models with the same F1 the plainest wins.
 """
 
 import numpy as np
+import report
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import cross_val_predict
 
 import common
-import report
 from common import InputError, run_script, scores
 
 PLAINEST = ("baseline", "bert", "lora")  # a model of another name comes after these

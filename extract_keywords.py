@@ -16,11 +16,11 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
+from phrases import split_keywords, stem
+from ranker import build_corpus, entries, learn_and_rate, rank
 
 import common
 from common import InputError, log, run_script, whole
-from phrases import split_keywords, stem
-from ranker import build_corpus, entries, learn_and_rate, rank
 
 MOST = 30  # keywords a paper, the challenge's limit
 PARTITIONS = 4  # into folds, over which ratings are averaged

@@ -9,10 +9,10 @@ from itertools import zip_longest
 
 import numpy as np
 import pandas as pd
-
-import common
 import plots
 from plots import LABELS
+
+import common
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d2329; --soft: #5b6570; --line: #d9dee3; --page: #f5f6f8; --card: #fff;

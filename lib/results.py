@@ -111,8 +111,8 @@ def write_json(path, value):
 
 
 def read_json(path, **types):
-    """The content of a JSON file, {} if there is no file. Raises InputError if it is damaged or, with `types`, unless it
-    is an object with these names and types: read_json(path, model=str, fields=list).
+    """The content of a JSON file, {} if there is no file. Raises InputError if it is damaged or, with `types`, unless
+    it is an object with these names and types: read_json(path, model=str, fields=list).
     """
     path = Path(path)
     if not path.is_file():
@@ -179,13 +179,14 @@ def describe_changes(old, new):
 
 
 def record_of_test(test):
-    """What metrics.json says about the test papers: their number and a fingerprint, by which blend.py recognises them."""
+    """What metrics.json says about the test papers: their number and a fingerprint, by which blend.py knows them."""
     return {"test": len(test), "test_fingerprint": fingerprint(test)}
 
 
 def paper_record(train, test, held_out):
     """What metrics.json says about all papers. `held_out`: how many of train were held out."""
-    return {"train": len(train), "held_out": int(held_out), "train_fingerprint": fingerprint(train), **record_of_test(test)}
+    counts = {"train": len(train), "held_out": int(held_out), "train_fingerprint": fingerprint(train)}
+    return counts | record_of_test(test)
 
 
 def peak_memory_mb():
@@ -200,9 +201,8 @@ def peak_memory_mb():
 
 def environment(device="cpu", peak_memory=None):
     """What metrics.json says about where a model ran: memory in MiB, versions of the packages in use, device."""
-    packages = {"sklearn": "scikit-learn"} | {name: name for name in ("numpy", "pandas", "torch", "transformers", "peft",
-                                                                      "accelerate")}
-    used = {package: version(package) for module, package in packages.items() if module in sys.modules}
+    packages = ("numpy", "pandas", "scikit-learn", "torch", "transformers", "peft", "accelerate")
+    used = {name: version(name) for name in packages if name.replace("scikit-learn", "sklearn") in sys.modules}
     return {
         "peak_memory_mb": peak_memory_mb() if peak_memory is None else peak_memory,
         "versions": {"python": sys.version.split()[0], **used},
@@ -220,8 +220,8 @@ def write_probs(path, papers, probs, labelled=False):
 
 
 def save_results(folder, metrics, test, test_probs, held_out=None, valid_probs=None):
-    """Write test.csv, metrics.json and, with the frame of the held-out papers, valid.csv: all of them or none. A run that
-    is killed here leaves the old results, the new ones, or a folder without test.csv, which is not a finished model.
+    """Write test.csv, metrics.json and, with the frame of the held-out papers, valid.csv: all of them or none. A run
+    that is killed here leaves the old results, the new ones, or a folder without test.csv, which is not a finished model.
     """
     folder = Path(folder)
     with ExitStack() as stack:  # left in reverse order: metrics.json is put in place last
@@ -268,8 +268,8 @@ def read_labels(test_path, test):
 
 
 def read_keywords(folder, test):
-    """{uuid: keywords} as a Series in the order of `test`, from extract_keywords.py's folder; None if it is not there or
-    about other papers.
+    """{uuid: keywords} as a Series in the order of `test`, from extract_keywords.py's folder; None if it is not there
+    or about other papers.
     """
     path = Path(folder) / "test.csv"
     if not path.is_file():
