@@ -45,6 +45,8 @@ def score_table(rows):
     """A table as text. `rows`: a list of (model, scores, note)."""
     frame = pd.DataFrame([{"model": name, **values, "papers, fields": note} for name, values, note in rows])
     frame = frame.astype(dict.fromkeys(METRICS, float))
+    for name in ("model", "papers, fields"):  # to_string would push text to the right
+        frame[name] = frame[name].str.ljust(frame[name].str.len().max())
     return frame.to_string(index=False, float_format="{:.4f}".format, na_rep="–", justify="left")
 
 

@@ -7,7 +7,7 @@ import pytest
 from conftest import KIT, SAMPLE
 
 import blend
-import common
+from lib.results import paper_record, save_results, scores
 
 
 @pytest.fixture
@@ -20,8 +20,8 @@ def model(tmp_path, papers):
         random = np.random.default_rng(seed)
         held_out = np.ones(len(train), bool) if held_out is None else held_out
         guess = [np.clip(y + noise * random.normal(size=len(y)), 0, 1) for y in (train["label"][held_out], answers)]
-        metrics = {"papers": common.paper_record(train, test, held_out.sum()), "fields": ["title"]}
-        common.save_results(tmp_path / "outputs" / name, test, guess[1], metrics, train[held_out], guess[0])
+        metrics = {"papers": paper_record(train, test, held_out.sum()), "fields": ["title"]}
+        save_results(tmp_path / "outputs" / name, metrics, test, guess[1], train[held_out], guess[0])
 
     return write
 
@@ -32,8 +32,8 @@ def test_never_worse_than_the_best_single_model(seed):
     labels = random.permutation(np.repeat([0, 1], [25, 15]))
     models = np.clip(labels + random.uniform(0.2, 0.9, (4, 1)) * random.normal(size=(4, 40)), 0, 1)
     weights = blend.find_weights(models, labels)
-    best = [common.scores(labels, model)["f1"] for model in models]
-    mixed = common.scores(labels, weights @ models)["f1"]
+    best = [scores(labels, model)["f1"] for model in models]
+    mixed = scores(labels, weights @ models)["f1"]
     assert weights.sum() == pytest.approx(1) and (weights >= 0).all() and mixed >= max(best)
     if weights.max() == 1:  # one model: the plainest of the best
         assert weights.argmax() == np.argmax(best)
@@ -45,7 +45,7 @@ def test_mixes_models_that_mend_each_other():
     labels = np.tile([0, 1], 30)
     models = np.array([np.where(np.arange(60) % 3 == i, 1 - labels, labels) * 0.8 + 0.1 for i in range(3)])
     weights = blend.find_weights(models, labels)
-    assert common.scores(labels, weights @ models)["f1"] == 1 and (weights > 0).sum() == 3
+    assert scores(labels, weights @ models)["f1"] == 1 and (weights > 0).sum() == 3
 
 
 def test_submission_follows_the_test_file(kit, tmp_path, model):
@@ -69,7 +69,7 @@ def test_equal_models_give_the_plainest(papers, kit, model):
 
 
 def test_tables_say_of_which_papers():
-    values, labels = common.scores([0, 1], [0.2, 0.9]), np.array([0, 1, 1])
+    values, labels = scores([0, 1], [0.2, 0.9]), np.array([0, 1, 1])
     metrics = {"baseline": {"papers": {"held_out": 9}, "fields": ["title"], "scores": values}}
     metrics["baseline"]["table"] = [["constant guess", values, "9 out of fold"]]
     metrics["bert"] = {"papers": {"held_out": 3}, "fields": ["abstract"], "scores": values}
@@ -84,13 +84,13 @@ def test_tables_say_of_which_papers():
         ("constant guess", "9 out of fold"),
     ]
     tables = blend.make_tables(metrics, labels, probs, np.array([1, 1]), {name: np.array([0, 1]) for name in probs})
-    assert tables[1][1][1] == ("bert", common.scores([1, 1], [0, 1]), "2 test papers, abstract")
+    assert tables[1][1][1] == ("bert", scores([1, 1], [0, 1]), "2 test papers, abstract")
 
 
 @pytest.mark.parametrize("accuracy", [0.5, 0.99])
 def test_says_when_the_authors_give_the_label_away(accuracy):
     table = [["author rule", {"accuracy": accuracy}, ""], ["naive Bayes, no author", {"accuracy": 0.7654}, ""]]
-    said = " ".join(blend.say_trust(0.5, 40, {"baseline": {"table": table}}))
+    said = " ".join(blend.describe_trust(0.5, 40, {"baseline": {"table": table}}))
     assert "0.0250 of accuracy" in said
     assert [("The way authors" in said), ("76.54%" in said)] == [accuracy > 0.9] * 2
 
@@ -121,10 +121,10 @@ def test_refuses_damaged_predictions(refused, model, tmp_path):
 
 def test_unlikeness_tells_other_topics_from_like_ones(papers):
     train, _ = papers
-    alike = blend.unlikeness(train[::2], train[1::2], ["title", "abstract"], 0)
-    unlike = blend.unlikeness(train[train["label"] == 0], train[train["label"] == 1], ["title", "abstract"], 0)
+    alike = blend.train_test_auc(train[::2], train[1::2], ["title", "abstract"], 0)
+    unlike = blend.train_test_auc(train[train["label"] == 0], train[train["label"] == 1], ["title", "abstract"], 0)
     assert alike < 0.65 and unlike > 0.9
-    assert "warning" in blend.advice(unlike) and "warning" not in blend.advice(alike)
+    assert "warning" in blend.describe_auc(unlike) and "warning" not in blend.describe_auc(alike)
 
 
 def test_run_sh_help_and_unknown_stage():
