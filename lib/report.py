@@ -10,11 +10,12 @@ from pathlib import Path
 import jinja2
 import numpy as np
 import pandas as pd
+from scipy.stats import binomtest
 
 from common import log
 from lib import plots
 from lib.plots import LABELS
-from lib.results import METRICS, atomic_write
+from lib.results import METRICS, atomic_write, scores
 
 TITLE = "Medical or not: the report"
 
@@ -23,15 +24,18 @@ TITLE = "Medical or not: the report"
 class Found:
     """What blend.py found."""
 
-    submitted: str  # what goes into the submission, in a sentence
-    trust: list  # sentences on how far to trust the scores; the page highlights them if the first begins with "warning"
-    tiles: list  # the figures at the top: (value, what it is)
+    submitted: str  # what goes into the submission and why, in a sentence
+    chosen: str  # the name under which it is in probs and test_probs
+    auc: float | None  # of a classifier that tells train from test
+    one_class: str  # a warning if nearly all test papers get one class, else ""
+    failed: list  # stages of run.sh that failed
     tables: list  # of scores: (title, rows of lib.results.score_table)
     metrics: dict  # {model: its metrics.json, {} if it has none}
     keywords: dict  # metrics.json of extract_keywords.py, {} if it has not run on these test papers
     papers: pd.DataFrame  # the papers that every model held out
-    probs: dict  # {model, and "blend" if it mixes several: P(label = 1) of these papers}
+    probs: dict  # {model, and "blend" if one was tried: P(label = 1) of these papers}
     test_probs: dict  # the same of the test papers
+    test_labels: np.ndarray | None  # labels of the test papers, where known
 
 
 @dataclass
@@ -58,7 +62,92 @@ class Section:
 
 
 def number(value, digits=4):
-    return "–" if value is None else f"{value:,.{digits}f}"
+    return "–" if pd.isna(value) else f"{value:,.{digits}f}"
+
+
+# ---- the figures at the top ------------------------------------------------------------------------------------------
+
+
+def f1_interval(labels, probs):
+    """95 % interval of F1 as (low, high): Wilson's interval of the share of hits among the papers that have label 1 or
+    are given it, carried over by F1 = 2 share / (1 + share).
+    """
+    guess = probs >= 0.5
+    hits, either = int(np.sum(guess & (labels == 1))), int(np.sum(guess | (labels == 1)))
+    if not either:
+        return 0.0, 1.0
+    low, high = binomtest(hits, either).proportion_ci(method="wilson")
+    return 2 * low / (1 + low), 2 * high / (1 + high)
+
+
+def submitted_scores(found):
+    """What is submitted, on held-out papers and, with labels, on test papers: (which papers, F1, its 95 % interval)."""
+    sides = [("held-out", found.papers["label"].to_numpy(), found.probs[found.chosen])]
+    if found.test_labels is not None:
+        sides.append(("test", found.test_labels, found.test_probs[found.chosen]))
+    for side, labels, probs in sides:
+        yield f"{len(labels):,} {side} papers", scores(labels, probs)["f1"], f1_interval(labels, probs)
+
+
+def board_estimates(found):
+    """What the board may show: (which papers F1 is of, F1, case-sensitive recall of keywords, estimate), one for the
+    held-out papers and, with labels, one for the test papers. Empty if the recall is not known.
+    """
+    recall = found.keywords.get("scores", {}).get("recall_case_at_40")
+    if recall is None:
+        return []
+    return [(papers, f1, recall, 0.4 * f1 + 0.6 * recall) for papers, f1, _ in submitted_scores(found)]
+
+
+def make_tiles(found):
+    """(value, what it is) of each figure at the top."""
+    tiles = []
+    for papers, f1, (low, high) in submitted_scores(found):
+        tiles.append((f"{f1:.3f}", f"F1 on {papers}, 95 % interval {low:.3f} to {high:.3f}"))
+    for papers, f1, recall, estimate in board_estimates(found)[-1:]:
+        meaning = f"board estimate (inferred): 0.4 × F1 {f1:.3f} on {papers} + 0.6 × keyword recall {recall:.3f}"
+        tiles.append((f"{estimate:.3f}", meaning))
+    guess = found.test_probs[found.chosen] >= 0.5
+    tiles.append((f"{guess.mean():.1%}", f"of {len(guess):,} test papers are called medical"))
+    tiles.append((number(found.auc, 2), "AUC of telling train from test, 0.5 = alike"))
+    return tiles
+
+
+def describe_auc(auc):
+    """What the AUC of telling train from test means, in a sentence."""
+    if auc is None:
+        return "train and test were not compared: too few papers or no text"
+    finding = f"A classifier that sees only the text tells train from test with AUC {auc:.2f} (0.5 = alike)"
+    if auc < 0.6:
+        return f"{finding}: held-out scores should carry over to the test papers."
+    if auc < 0.7:
+        return f"{finding}: they differ a little; held-out scores may be somewhat too good."
+    return (
+        f"warning: {finding}: the test papers are about other things than the training papers. Held-out scores say how "
+        "well a model does on papers like those of train; expect less on test, most of all without the authors."
+    )
+
+
+def describe_trust(found):
+    """How far to trust the scores, in sentences. If one begins with "warning", the page highlights them."""
+    sentences, count = [describe_auc(found.auc), found.one_class], len(found.papers)
+    if found.failed:
+        sentences.append(f"warning: failed in the last run: {', '.join(found.failed)}. What these stages left before, "
+                         "if anything, is used here.")
+    held_out = f"{count:,} papers were held out by every model: one more or less right is {1 / count:.4f} of accuracy."
+    if len(found.metrics) > 1:
+        held_out += " What is submitted was chosen on these very papers, so its scores there are a little too good."
+    sentences.append(held_out)
+    table = found.metrics.get("baseline", {}).get("table", [])
+    references = {name: values["accuracy"] for name, values, _ in table}
+    rule = references.get("author rule", 0)
+    if rule >= 0.9:
+        authors = f"The way authors are written, and nothing else, tells the label of {rule:.2%} of the training "
+        authors += "papers: a model that reads authors need not understand a paper."
+        if free := [accuracy for name, accuracy in references.items() if name.endswith("no author")]:
+            authors += f" Without authors the baseline is right on {max(free):.2%}."
+        sentences.append(authors)
+    return [sentence for sentence in sentences if sentence]
 
 
 # ---- sections --------------------------------------------------------------------------------------------------------
@@ -71,17 +160,47 @@ def score_section(title, rows):
     return Section(title, header=header, rows=cells)
 
 
-def cost_section(metrics):
-    header = ["model", "device", "epochs", "training, s", "training, papers/s", "predicting, papers/s", "memory, MiB"]
-    rows = []
+def board_section(estimates):
+    """`estimates`: see board_estimates."""
+    header = ["papers of task 1", "F1 of task 1", "keyword recall", "board estimate"]
+    rows = [[papers, *map(number, values)] for papers, *values in estimates]
+    text = "0.4 × F1 of task 1 + 0.6 × case-sensitive recall of keywords (mean over papers). This is inferred from "
+    text += "scores that teams have published; it is not official."
+    return Section("Board estimate (inferred)", text, header, rows)
+
+
+def seed_section(metrics):
+    """The spread of the scores of models that were trained with several seeds."""
+    header, rows = ["model", "seeds", "accuracy", "F1", "AUC", "log-loss"], []
     for name, m in metrics.items():
-        epochs = " + ".join(map(str, np.atleast_1d(m.get("epochs_run", "–"))))
+        runs = pd.DataFrame(m.get("seeds", []))
+        if len(runs):
+            columns = [runs[key].astype(float) for key in ("accuracy", "f1", "auc", "log_loss")]
+            cells = [f"{number(column.mean())} ± {number(column.std())}" for column in columns]
+            rows.append([name, str(len(runs)), *cells])
+    return Section("Over seeds", "Mean ± standard deviation of the held-out scores of each seed.", header, rows)
+
+
+def time_taken(m):
+    """How long a script took, from its metrics.json: all of it where it says so, else training and predicting."""
+    seconds, speed = m.get("seconds"), m.get("predict_papers_per_second")
+    if seconds is None and "train_seconds" in m:
+        seconds = m["train_seconds"] + ((m["papers"]["held_out"] + m["papers"]["test"]) / speed if speed else 0)
+    if seconds is None:
+        return "–"
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f} min"
+
+
+def cost_section(stages):
+    """`stages`: {model or "keywords": its metrics.json}."""
+    header = ["stage", "device", "epochs", "time", "training, papers/s", "predicting, papers/s", "memory, MiB"]
+    rows = []
+    for name, m in stages.items():
+        device, epochs = m.get("trained_on") or m.get("device", "–"), np.atleast_1d(m.get("epochs_run", "–"))
+        speeds = [number(m.get(f"{key}_papers_per_second"), 1) for key in ("train", "predict")]
         memory = max(m.get("peak_memory_mb") or 0, m.get("train_peak_memory_mb") or 0) or None
-        speeds = [m.get(f"{key}_papers_per_second") for key in ("train", "predict")]
-        seconds = [number(value, 1) for value in (m.get("train_seconds"), *speeds)]
-        rows.append([name, m.get("trained_on") or m.get("device", "–"), epochs, *seconds, number(memory, 0)])
-    text = "Seconds of the training steps alone, of all folds together; of the baseline, of the whole script."
-    return Section("Time and memory", text, header, rows)
+        rows.append([name, device, " + ".join(map(str, epochs)), time_taken(m), *speeds, number(memory, 0)])
+    return Section("Time and memory", "Time of training and predicting, or of the whole script.", header, rows)
 
 
 def settings_section(metrics):
@@ -100,11 +219,11 @@ def settings_section(metrics):
 
 def keyword_section(keywords):
     """`keywords`: metrics.json of extract_keywords.py."""
-    header = [*(name.replace("_", " ") for name in keywords["scores"]), "papers/s"]
-    cells = [*map(number, keywords["scores"].values()), number(keywords["papers_per_second"], 1)]
+    values = {name: value for name, value in keywords["scores"].items() if isinstance(value, (int, float))}
+    rows = [[name.replace("_", " "), number(value)] for name, value in values.items()]
     papers, fields = keywords["papers"].get("held_out"), " ".join(keywords["fields"])
     text = f"Of extract_keywords.py, out of fold on {papers} papers, {fields}."
-    return Section("Keywords", text, header, [cells])
+    return Section("Keywords", text, ["score", "value"], rows)
 
 
 def hardest(labels, probs, most=20):
@@ -170,12 +289,12 @@ def read_logs(folder, metrics):
 def curve_section(folder, metrics):
     """Learning curves of the models that have a log.csv."""
     losses = {"train_loss": "training", "log_loss": "held out"}
-    scores = {"accuracy": "accuracy", "f1": "F1", "auc": "AUC"}
+    valued = {"accuracy": "accuracy", "f1": "F1", "auc": "AUC"}
     pictures = []
     for name, m in metrics.items():
         if logs := read_logs(folder / name, m):
             pictures.append(plots.draw_curves(f"{name}: loss by epoch", logs, losses, "loss"))
-            pictures.append(plots.draw_curves(f"{name}: held-out score by epoch", logs, scores, "held-out score"))
+            pictures.append(plots.draw_curves(f"{name}: held-out score by epoch", logs, valued, "held-out score"))
     return Section("Learning curves", "Where the held-out loss rises again, training has gone on too long.",
                    pictures=pictures)
 
@@ -199,9 +318,11 @@ def probability_sections(found):
 def make_sections(folder, found):
     """All parts of the report in their order; those without content are left out."""
     sections = [score_section(title, rows) for title, rows in found.tables]
-    sections.append(cost_section(found.metrics))
-    if found.keywords:
-        sections.append(keyword_section(found.keywords))
+    sections.append(board_section(board_estimates(found)))
+    sections.append(seed_section(found.metrics))
+    keywords = {"keywords": found.keywords} if found.keywords else {}
+    sections.append(cost_section(found.metrics | keywords))
+    sections += [keyword_section(m) for m in keywords.values()]
     sections.append(curve_section(folder, found.metrics))
     sections += probability_sections(found)
     sections += strongest_sections(found.metrics.get("baseline", {}).get("strongest", {}))
@@ -217,7 +338,11 @@ def to_html(found, sections):
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True,
                                      undefined=jinja2.StrictUndefined)
-    return environment.get_template("report.html").render(title=TITLE, found=found, sections=sections)
+    trust = describe_trust(found)
+    warned = any(sentence.startswith("warning") for sentence in trust)
+    template = environment.get_template("report.html")
+    return template.render(title=TITLE, submitted=found.submitted, tiles=make_tiles(found), trust=trust, warned=warned,
+                           sections=sections)
 
 
 def md_text(text):
@@ -232,8 +357,8 @@ def md_table(header, rows):
 
 def to_markdown(found, sections):
     blocks = [f"# {TITLE}", f"**Submitted:** {md_text(found.submitted)}"]
-    blocks.append("\n".join(f"- {md_text(meaning)}: {md_text(value)}" for value, meaning in found.tiles))
-    blocks += ["## How far to trust the scores", *map(md_text, found.trust)]
+    blocks.append("\n".join(f"- {md_text(meaning)}: {md_text(value)}" for value, meaning in make_tiles(found)))
+    blocks += ["## How far to trust the scores", *map(md_text, describe_trust(found))]
     for section in sections:
         if section.rows:
             blocks += [f"## {section.title}", md_text(section.text), md_table(section.header, section.rows)]

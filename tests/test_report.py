@@ -1,3 +1,4 @@
+import os
 import re
 import subprocess
 import sys
@@ -47,12 +48,13 @@ def model(tmp_path, papers):
     """Write what a model leaves: made-up probabilities, worse as `noise` grows, further metrics and its log.csv."""
     train, test = papers
 
-    def write(name, noise, held_out=slice(None), train=train, log=None, **metrics):
+    def write(name, noise, held_out=slice(None), train=train, test_probs=None, log=None, **metrics):
         random, held = np.random.default_rng(list(name.encode())), train[held_out]
         probs = np.clip(held["label"] + noise * random.normal(size=len(held)), 0, 1)
         metrics = {"papers": paper_record(train, test, len(held)), "fields": ["title"], **metrics}
         folder = tmp_path / "outputs" / name
-        save_results(folder, metrics, test, random.random(len(test)), held, probs)
+        test_probs = random.random(len(test)) if test_probs is None else test_probs
+        save_results(folder, metrics, test, test_probs, held, probs)
         if log is not None:
             (folder / "log.csv").write_text(log)
 
@@ -93,11 +95,12 @@ def test_one_model_gives_a_smaller_page(read_page, model):
 
 def test_whole_page(read_page, tmp_path, model):
     model("baseline", 0.6)
-    times = {"train_seconds": 61.26, "train_papers_per_second": 7.04}
+    times = {"train_seconds": 119, "train_papers_per_second": 7.04, "predict_papers_per_second": 100}
     model("bert", 0.5, slice(0, 60), log=LOG, epochs_run=[2], device="cpu, fp32", **times)
     model("lora", 0.6, slice(0, 60), log=LOG, epochs_run=2, trained_on="some GPU")
     page, text = read_page("--report-only")
-    assert "61.3" in text and "7.0" in text and "some GPU" in text and "60 held out, title" in text
+    assert "| bert | cpu, fp32 | 2 | 2.0 min | 7.0 | 100.0 | – |" in text  # 119 s, and a second for 60 + 40 papers
+    assert "some GPU" in text and "60 held out, title" in text
     assert page.tags.count("svg") == 4 + 4 + 1 + 2  # curves of two models; three models and the blend; agreement twice
     assert not (tmp_path / "submit_task1.csv").exists()
 
@@ -147,16 +150,63 @@ def test_curves_of_folds_and_of_one_epoch(read_page, tmp_path, model):
     assert "Learning curves" in read_page()[0].text
 
 
-def test_keywords_only_of_these_papers(read_page, tmp_path, model, papers):
-    model("bert", 0.4)
-    record = {"scores": {"f1_at_5": 0.1234}, "fields": ["title"], "papers_per_second": 3.0}
-    record["papers"] = paper_record(*papers, 77)
+def test_keywords_and_board_only_of_these_papers(kit, read_page, tmp_path, model, papers):
+    model("bert", 0)
+    record = {"scores": {"f1_at_5": 0.1234, "recall_case_at_40": 0.25, "by_label": {}}, "fields": ["title"]}
+    record |= {"papers": paper_record(*papers, 77), "seconds": 30}
     write_json(tmp_path / "outputs" / "keywords" / "metrics.json", record)
     text = read_page("--report-only")[1]
-    assert "0.1234" in text and "77 papers" in text
+    assert "| f1 at 5 | 0.1234 |" in text and "77 papers" in text and "| keywords | – | – | 30 s |" in text
+    assert "| 120 held-out papers | 1.0000 | 0.2500 | 0.5500 |" in text and "inferred" in text
+    assert "0.5500 = 0.4 x 1.0000 (F1, 120 held-out papers) + 0.6 x 0.2500" in kit("blend.py").stdout
     record["papers"]["test_fingerprint"] = "other"
     write_json(tmp_path / "outputs" / "keywords" / "metrics.json", record)
-    assert "0.1234" not in read_page("--report-only")[1]
+    text = read_page("--report-only")[1]
+    assert "0.1234" not in text and "oard estimate" not in text
+
+
+def test_f1_comes_with_an_interval(read_page, model, papers):
+    held_out = np.arange(120) % 10 == 0
+    model("bert", 0, held_out)  # all right
+    low = float(re.search(r"F1 on 12 held-out papers, 95 % interval (0.\d+) to 1.000: 1.000", read_page()[1])[1])
+    hits = papers[0]["label"][held_out].sum()
+    share = hits / (hits + 1.96**2)  # Wilson's lower bound if all are hits
+    assert low == pytest.approx(2 * share / (1 + share), abs=0.001)
+
+
+def test_failed_stages_are_shown_until_they_succeed(read_page, tmp_path, model):
+    model("baseline", 0.6)
+    model("bert", 0.4)
+    (tmp_path / "outputs" / "failed.txt").write_text("bert\nlora\n")
+    os.utime(tmp_path / "outputs" / "bert" / "metrics.json", (1, 1))
+    assert "failed in the last run: bert, lora" in read_page()[0].text
+    model("bert", 0.4)
+    os.utime(tmp_path / "outputs" / "failed.txt", (1, 1))
+    assert "failed in the last run: lora." in read_page()[0].text
+
+
+def test_seeds_show_their_spread(read_page, model):
+    seeds = [scores([0, 1], [0.2, 0.9]), scores([0, 1], [0.2, 0.4])]
+    model("bert", 0.4, seeds=seeds)
+    assert "| bert | 2 | 0.7500 ± 0.3536 | 0.5000 ± 0.7071 |" in read_page()[1]
+
+
+@pytest.mark.parametrize("accuracy", [0.5, 0.99])
+def test_says_when_the_authors_give_the_label_away(read_page, model, accuracy):
+    values = scores([0, 1], [0.2, 0.9])
+    table = [["author rule", {**values, "accuracy": accuracy}, ""]]
+    table.append(["naive Bayes, no author", {**values, "accuracy": 0.7654}, ""])
+    model("baseline", 0.4, table=table)
+    text = read_page()[0].text
+    assert [("The way authors" in text), ("76.54%" in text)] == [accuracy > 0.9] * 2
+
+
+def test_warns_if_all_test_papers_get_one_class(read_page, model):
+    model("baseline", 0.4, test_probs=np.full(40, 0.1))
+    page, _ = read_page()
+    assert "40 of 40 test papers get label 0" in page.text and ("class", "trust warn") in page.attributes
+    model("baseline", 0.4)
+    assert ("class", "trust warn") not in read_page()[0].attributes
 
 
 def test_hardest_are_the_wrong_and_the_disputed():
