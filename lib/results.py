@@ -45,6 +45,8 @@ def score_table(rows):
     """A table as text. `rows`: a list of (model, scores, note)."""
     frame = pd.DataFrame([{"model": name, **values, "papers, fields": note} for name, values, note in rows])
     frame = frame.astype(dict.fromkeys(METRICS, float))
+    for name in ("model", "papers, fields"):  # to_string would push text to the right
+        frame[name] = frame[name].str.ljust(frame[name].str.len().max())
     return frame.to_string(index=False, float_format="{:.4f}".format, na_rep="–", justify="left")
 
 
@@ -235,15 +237,27 @@ def save_results(folder, metrics, test, test_probs, held_out=None, valid_probs=N
 
 
 def read_predictions(path):
-    """The frame that save_results wrote: uuid (str), (label: int,) prob (float)."""
-    try:
-        frame = pd.read_csv(path, dtype={"uuid": str, "prob": float}, keep_default_na=False)
-        frame = frame[["uuid", *(["label"] if "label" in frame else []), "prob"]]
-        if not frame["prob"].between(0, 1).all():
-            raise ValueError("a probability is not in [0, 1]")
-        return frame
-    except (ValueError, KeyError) as error:
-        raise InputError(f"{path} is damaged ({error}): {RERUN}") from None
+    """A model's predictions: a frame of uuid (str), label (int, where the file has it) and prob (float). Columns may come
+    in any order, and others are ignored. Raises InputError that names the rows.
+    """
+    header, rows, numbers = read_rows(path)
+    header = [name.replace("\ufeff", "").strip().casefold() for name in header]
+    if missing := [name for name in ("uuid", "prob") if header.count(name) != 1]:
+        raise InputError(f"{path}: want one column {' and one column '.join(missing)}, the header has {few(header, 8)}: "
+                         f"add it, or {RERUN}")
+    cells = dict(zip(header, zip(*rows) if rows else [()] * len(header)))
+    columns = {"uuid": list(cells["uuid"])}
+    if "label" in cells:
+        columns["label"] = [LABELS.get(cell.strip()) for cell in cells["label"]]
+    columns["prob"] = pd.to_numeric(pd.Series(cells["prob"], dtype=str), errors="coerce").astype(float)
+    wrong = ~columns["prob"].between(0, 1)
+    if wrong.any():
+        raise InputError(f"{path}: column prob is not a number from 0 to 1 in row {few(np.array(numbers)[wrong])}: fix it, "
+                         f"or {RERUN}")
+    if None in columns.get("label", []):
+        row = numbers[columns["label"].index(None)]
+        raise InputError(f"{path}: column label is neither 0 nor 1 in row {row}: fix it, or {RERUN}")
+    return pd.DataFrame(columns)
 
 
 def read_labels(test_path, test):
@@ -302,3 +316,18 @@ def write_submission(path, test, labels, out_dir):
     cells = [cell or title for cell, title in zip(keywords, test["title"])]
     write_csv(path, {"uuid": test["uuid"].tolist(), "Keywords": cells, "label": labels})
     log(f"wrote {path}: {len(test)} papers, {labels.sum()} with label 1, Keywords from {source}")
+
+
+def warn_one_class(labels, train_labels):
+    """Log a warning if at least 99 % of the test papers get one class and train has both (10 % or more of each). Returns
+    the warning, "" if there is none. Both: sequences of 0/1; ten test papers or more, fewer can happen to be alike.
+    """
+    share, train_share = np.mean(labels), np.mean(train_labels)
+    if len(labels) < 10 or 0.01 < share < 0.99 or not 0.1 <= train_share <= 0.9:
+        return ""
+    label = int(share > 0.5)
+    count, usual = np.sum(np.asarray(labels) == label), np.mean(np.asarray(train_labels) == label)
+    warning = (f"warning: {count:,} of {len(labels):,} test papers get label {label}, in train {usual:.0%} have it: is the "
+               "test file the right one, are its fields filled, has the model learnt anything (see its held-out scores)?")
+    log(warning)
+    return warning
