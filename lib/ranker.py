@@ -15,7 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
-from phrases import STOP, find_candidates, mean_over, number, split_keywords, stem, stem_word
 from scipy import sparse
 from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.feature_extraction.text import TfidfVectorizer
@@ -23,6 +22,7 @@ from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 import common
+from lib.phrases import STOP, find_candidates, mean_over, number, split_keywords, stem, stem_word
 
 NEIGHBOURS, PROPOSED = 40, 30  # labelled papers asked for keywords, and how many of those keywords become candidates
 TREES = {"max_iter": 100, "learning_rate": 0.1, "max_leaf_nodes": 31, "max_features": 0.2}

@@ -223,7 +223,7 @@ def write_probs(path, papers, probs, labelled=False):
 
 def save_results(folder, metrics, test, test_probs, held_out=None, valid_probs=None):
     """Write test.csv, metrics.json and, with the frame of the held-out papers, valid.csv: all of them or none. A run
-    that is killed here leaves the old results, the new ones, or a folder without test.csv, which is not a finished model.
+    that is killed here leaves the old results, the new ones, or a folder without test.csv: not a finished model.
     """
     folder = Path(folder)
     with ExitStack() as stack:  # left in reverse order: metrics.json is put in place last
