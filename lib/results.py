@@ -45,6 +45,8 @@ def score_table(rows):
     """A table as text. `rows`: a list of (model, scores, note)."""
     frame = pd.DataFrame([{"model": name, **values, "papers, fields": note} for name, values, note in rows])
     frame = frame.astype(dict.fromkeys(METRICS, float))
+    for name in ("model", "papers, fields"):  # to_string would push text to the right
+        frame[name] = frame[name].str.ljust(frame[name].str.len().max())
     return frame.to_string(index=False, float_format="{:.4f}".format, na_rep="–", justify="left")
 
 
@@ -111,8 +113,8 @@ def write_json(path, value):
 
 
 def read_json(path, **types):
-    """The content of a JSON file, {} if there is no file. Raises InputError if it is damaged or, with `types`, unless it
-    is an object with these names and types: read_json(path, model=str, fields=list).
+    """The content of a JSON file, {} if there is no file. Raises InputError if it is damaged or, with `types`, unless
+    it is an object with these names and types: read_json(path, model=str, fields=list).
     """
     path = Path(path)
     if not path.is_file():
@@ -179,13 +181,14 @@ def describe_changes(old, new):
 
 
 def record_of_test(test):
-    """What metrics.json says about the test papers: their number and a fingerprint, by which blend.py recognises them."""
+    """What metrics.json says about the test papers: their number and a fingerprint, by which blend.py knows them."""
     return {"test": len(test), "test_fingerprint": fingerprint(test)}
 
 
 def paper_record(train, test, held_out):
     """What metrics.json says about all papers. `held_out`: how many of train were held out."""
-    return {"train": len(train), "held_out": int(held_out), "train_fingerprint": fingerprint(train), **record_of_test(test)}
+    counts = {"train": len(train), "held_out": int(held_out), "train_fingerprint": fingerprint(train)}
+    return counts | record_of_test(test)
 
 
 def peak_memory_mb():
@@ -200,9 +203,8 @@ def peak_memory_mb():
 
 def environment(device="cpu", peak_memory=None):
     """What metrics.json says about where a model ran: memory in MiB, versions of the packages in use, device."""
-    packages = {"sklearn": "scikit-learn"} | {name: name for name in ("numpy", "pandas", "torch", "transformers", "peft",
-                                                                      "accelerate")}
-    used = {package: version(package) for module, package in packages.items() if module in sys.modules}
+    packages = ("numpy", "pandas", "scikit-learn", "torch", "transformers", "peft", "accelerate")
+    used = {name: version(name) for name in packages if name.replace("scikit-learn", "sklearn") in sys.modules}
     return {
         "peak_memory_mb": peak_memory_mb() if peak_memory is None else peak_memory,
         "versions": {"python": sys.version.split()[0], **used},
@@ -220,8 +222,8 @@ def write_probs(path, papers, probs, labelled=False):
 
 
 def save_results(folder, metrics, test, test_probs, held_out=None, valid_probs=None):
-    """Write test.csv, metrics.json and, with the frame of the held-out papers, valid.csv: all of them or none. A run that
-    is killed here leaves the old results, the new ones, or a folder without test.csv, which is not a finished model.
+    """Write test.csv, metrics.json and, with the frame of the held-out papers, valid.csv: all of them or none. A run
+    that is killed here leaves the old results, the new ones, or a folder without test.csv: not a finished model.
     """
     folder = Path(folder)
     with ExitStack() as stack:  # left in reverse order: metrics.json is put in place last
@@ -235,15 +237,27 @@ def save_results(folder, metrics, test, test_probs, held_out=None, valid_probs=N
 
 
 def read_predictions(path):
-    """The frame that save_results wrote: uuid (str), (label: int,) prob (float)."""
-    try:
-        frame = pd.read_csv(path, dtype={"uuid": str, "prob": float}, keep_default_na=False)
-        frame = frame[["uuid", *(["label"] if "label" in frame else []), "prob"]]
-        if not frame["prob"].between(0, 1).all():
-            raise ValueError("a probability is not in [0, 1]")
-        return frame
-    except (ValueError, KeyError) as error:
-        raise InputError(f"{path} is damaged ({error}): {RERUN}") from None
+    """A model's predictions: a frame of uuid (str), label (int, where the file has it) and prob (float). Columns may come
+    in any order, and others are ignored. Raises InputError that names the rows.
+    """
+    header, rows, numbers = read_rows(path)
+    header = [name.replace("\ufeff", "").strip().casefold() for name in header]
+    if missing := [name for name in ("uuid", "prob") if header.count(name) != 1]:
+        raise InputError(f"{path}: want one column {' and one column '.join(missing)}, the header has {few(header, 8)}: "
+                         f"add it, or {RERUN}")
+    cells = dict(zip(header, zip(*rows) if rows else [()] * len(header)))
+    columns = {"uuid": list(cells["uuid"])}
+    if "label" in cells:
+        columns["label"] = [LABELS.get(cell.strip()) for cell in cells["label"]]
+    columns["prob"] = pd.to_numeric(pd.Series(cells["prob"], dtype=str), errors="coerce").astype(float)
+    wrong = ~columns["prob"].between(0, 1)
+    if wrong.any():
+        raise InputError(f"{path}: column prob is not a number from 0 to 1 in row {few(np.array(numbers)[wrong])}: fix it, "
+                         f"or {RERUN}")
+    if None in columns.get("label", []):
+        row = numbers[columns["label"].index(None)]
+        raise InputError(f"{path}: column label is neither 0 nor 1 in row {row}: fix it, or {RERUN}")
+    return pd.DataFrame(columns)
 
 
 def read_labels(test_path, test):
@@ -268,8 +282,8 @@ def read_labels(test_path, test):
 
 
 def read_keywords(folder, test):
-    """{uuid: keywords} as a Series in the order of `test`, from extract_keywords.py's folder; None if it is not there or
-    about other papers.
+    """{uuid: keywords} as a Series in the order of `test`, from extract_keywords.py's folder; None if it is not there
+    or about other papers.
     """
     path = Path(folder) / "test.csv"
     if not path.is_file():
@@ -294,6 +308,9 @@ def write_submission(path, test, labels, out_dir):
     labels = np.asarray(labels).astype(int)
     if labels.shape != (len(test),) or not np.isin(labels, (0, 1)).all():
         raise ValueError(f"{path}: want {len(test)} labels of 0 or 1")
+    common_label = int(labels.mean() >= 0.5)
+    if len(test) >= 20 and (labels == common_label).mean() > 0.98:
+        log(f"warning: (nearly) all test papers get label {common_label}: do their texts look like those of train.csv?")
     source, keywords = "the titles", test["title"]
     if "Keywords" in test:
         source, keywords = "the test file", test["Keywords"]
@@ -302,3 +319,18 @@ def write_submission(path, test, labels, out_dir):
     cells = [cell or title for cell, title in zip(keywords, test["title"])]
     write_csv(path, {"uuid": test["uuid"].tolist(), "Keywords": cells, "label": labels})
     log(f"wrote {path}: {len(test)} papers, {labels.sum()} with label 1, Keywords from {source}")
+
+
+def warn_one_class(labels, train_labels):
+    """Log a warning if at least 99 % of the test papers get one class and train has both (10 % or more of each). Returns
+    the warning, "" if there is none. Both: sequences of 0/1; ten test papers or more, fewer can happen to be alike.
+    """
+    share, train_share = np.mean(labels), np.mean(train_labels)
+    if len(labels) < 10 or 0.01 < share < 0.99 or not 0.1 <= train_share <= 0.9:
+        return ""
+    label = int(share > 0.5)
+    count, usual = np.sum(np.asarray(labels) == label), np.mean(np.asarray(train_labels) == label)
+    warning = (f"warning: {count:,} of {len(labels):,} test papers get label {label}, in train {usual:.0%} have it: is the "
+               "test file the right one, are its fields filled, has the model learnt anything (see its held-out scores)?")
+    log(warning)
+    return warning
