@@ -293,9 +293,10 @@ def main():
         test_labels=test_labels,
         test_probs=test_probs,
     )
+    print()
     for which, f1, recall, estimate in report.board_estimates(found):
-        print(f"\nboard estimate (inferred): {estimate:.4f} = 0.4 x {f1:.4f} (F1, {which}) + 0.6 x {recall:.4f} "
-              "(recall of keywords, case-sensitive)")
+        print(f"board estimate (inferred): {estimate:.4f} = 0.4 x {f1:.4f} (F1, {which}) + 0.6 x {recall:.4f} "
+              "(case-sensitive recall of keywords)")
     report.write(args.out_dir, found)
 
 

@@ -15,9 +15,10 @@ from scipy.stats import binomtest
 from common import log
 from lib import plots
 from lib.plots import LABELS
-from lib.results import METRICS, atomic_write, scores
+from lib.results import atomic_write, scores
 
 TITLE = "Medical or not: the report"
+SCORES = {"f1": "F1", "accuracy": "accuracy", "precision": "precision", "recall": "recall", "auc": "AUC", "log_loss": "log-loss"}
 
 
 @dataclass
@@ -54,7 +55,7 @@ class Section:
         """How the page sets each column: "number", "wide" (long text) or "text"."""
         kinds = []
         for cells in zip(*self.rows):
-            if all(re.fullmatch(r"[\d.,]+( ✗)?|–", cell) for cell in cells):
+            if all(re.fullmatch(r"[\d.,]+( ✗| s| min| ± \S+)?|–", cell) for cell in cells):
                 kinds.append("number")
             else:
                 kinds.append("wide" if max(map(len, cells)) > 30 else "text")
@@ -155,8 +156,9 @@ def describe_trust(found):
 
 def score_section(title, rows):
     """`rows`: (name, scores, note), as in lib.results.score_table."""
-    header = ["model", "accuracy", "precision", "recall", "F1", "AUC", "log-loss", "papers, fields"]
-    cells = [[name, *(number(values.get(key)) for key in METRICS), note] for name, values, note in rows]
+    header, cells = ["model", *SCORES.values(), "papers, fields"], []
+    for name, values, note in rows:
+        cells.append([name, *(number(values.get(key)) for key in SCORES), note])
     return Section(title, header=header, rows=cells)
 
 
@@ -171,14 +173,13 @@ def board_section(estimates):
 
 def seed_section(metrics):
     """The spread of the scores of models that were trained with several seeds."""
-    header, rows = ["model", "seeds", "accuracy", "F1", "AUC", "log-loss"], []
+    rows = []
     for name, m in metrics.items():
-        runs = pd.DataFrame(m.get("seeds", []))
-        if len(runs):
-            columns = [runs[key].astype(float) for key in ("accuracy", "f1", "auc", "log_loss")]
-            cells = [f"{number(column.mean())} ± {number(column.std())}" for column in columns]
-            rows.append([name, str(len(runs)), *cells])
-    return Section("Over seeds", "Mean ± standard deviation of the held-out scores of each seed.", header, rows)
+        if runs := m.get("seeds"):
+            columns = [pd.Series([run.get(key) for run in runs], dtype=float) for key in SCORES]
+            rows.append([name, str(len(runs)), *(f"{number(c.mean())} ± {number(c.std())}" for c in columns)])
+    header, text = ["model", "seeds", *SCORES.values()], "Mean ± standard deviation of the scores of each seed."
+    return Section("Over seeds", text, header, rows)
 
 
 def time_taken(m):
@@ -320,14 +321,15 @@ def make_sections(folder, found):
     sections = [score_section(title, rows) for title, rows in found.tables]
     sections.append(board_section(board_estimates(found)))
     sections.append(seed_section(found.metrics))
+    recorded = {name: m for name, m in found.metrics.items() if m}  # a user's own model may have no metrics.json
     keywords = {"keywords": found.keywords} if found.keywords else {}
-    sections.append(cost_section(found.metrics | keywords))
+    sections.append(cost_section(recorded | keywords))
     sections += [keyword_section(m) for m in keywords.values()]
     sections.append(curve_section(folder, found.metrics))
     sections += probability_sections(found)
     sections += strongest_sections(found.metrics.get("baseline", {}).get("strongest", {}))
     sections.append(hardest_section(found.papers, found.probs, list(found.metrics)))
-    sections.append(settings_section(found.metrics))
+    sections.append(settings_section(recorded))
     return [section for section in sections if section.rows or section.pictures]
 
 

@@ -188,7 +188,7 @@ def test_failed_stages_are_shown_until_they_succeed(read_page, tmp_path, model):
 def test_seeds_show_their_spread(read_page, model):
     seeds = [scores([0, 1], [0.2, 0.9]), scores([0, 1], [0.2, 0.4])]
     model("bert", 0.4, seeds=seeds)
-    assert "| bert | 2 | 0.7500 ± 0.3536 | 0.5000 ± 0.7071 |" in read_page()[1]
+    assert "| bert | 2 | 0.5000 ± 0.7071 | 0.7500 ± 0.3536 |" in read_page()[1]
 
 
 @pytest.mark.parametrize("accuracy", [0.5, 0.99])
