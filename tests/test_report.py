@@ -90,7 +90,7 @@ def test_one_model_gives_a_smaller_page(read_page, model):
         assert title in page.text and title in text
     for title in ("Learning curves", "Agreement", "Keywords", "way authors are written tells"):
         assert title not in page.text
-    assert "| cell | 1.50 |" in text and "width:100%" in dict(page.attributes).values()
+    assert "| 1 | cell | 1.50 |" in text and "width:100%" in dict(page.attributes).values()
 
 
 def test_whole_page(read_page, tmp_path, model):
@@ -158,7 +158,7 @@ def test_keywords_and_board_only_of_these_papers(kit, read_page, tmp_path, model
     text = read_page("--report-only")[1]
     assert "| f1 at 5 | 0.1234 |" in text and "77 papers" in text and "| keywords | – | – | 30 s |" in text
     assert "| 120 held-out papers | 1.0000 | 0.2500 | 0.5500 |" in text and "inferred" in text
-    assert "0.5500 = 0.4 x 1.0000 (F1, 120 held-out papers) + 0.6 x 0.2500" in kit("blend.py").stdout
+    assert "\n0.5500 = 0.4 x 1.0000 (F1, 120 held-out papers) + 0.6 x 0.2500" in kit("blend.py").stdout
     record["papers"]["test_fingerprint"] = "other"
     write_json(tmp_path / "outputs" / "keywords" / "metrics.json", record)
     text = read_page("--report-only")[1]
