@@ -15,6 +15,7 @@ import logging
 import os
 import re
 import sys
+import time
 import unicodedata
 import zipfile
 from pathlib import Path
@@ -41,9 +42,13 @@ class InputError(Exception):
     """Wrong input or flags: shown as one line on stderr, exit code 2."""
 
 
+class Process:
+    first = True  # of the processes that train together; training.make_accelerator sets it
+
+
 def log(message):
     """Print a line to stderr, from the first process only."""
-    if os.environ.get("RANK", "0") == "0":
+    if Process.first:
         print(message, file=sys.stderr, flush=True)
 
 
@@ -68,6 +73,8 @@ def run_script(main):
         message, code = f"{error.filename or 'input/output'}: {error.strerror or error}", 2
     except KeyboardInterrupt as error:  # its text may say how to go on
         message, code = f"interrupted{'; ' if str(error) else ''}{error}", 130
+    if not Process.first:
+        time.sleep(3)  # let the first say it: the launcher ends all as soon as one has ended
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
     sys.exit(code)
 
@@ -310,9 +317,9 @@ def shared_fields(train, test, wanted=None):
         lacking = [side for side, papers in sides.items() if name not in papers]
         empty = [side for side, papers in sides.items() if name in papers and says_nothing(papers[name].tolist())]
         if lacking:
-            log(f"field {name} is left out: the {' and the '.join(lacking)} file has no such column")
+            log(f"field {name} is left out: no such column in {' and '.join(lacking)}")
         elif empty:
-            log(f"warning: field {name} is left out: all its cells are the same in the {' and the '.join(empty)} file")
+            log(f"warning: field {name} is left out: all its cells are the same in {' and '.join(empty)}")
         else:
             kept.append(name)
             shares = [(papers[name] == "").mean() for papers in sides.values()]

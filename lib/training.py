@@ -23,17 +23,18 @@ import time
 import warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from datetime import timedelta
 
 import numpy as np
 import pandas as pd
 import torch
 import transformers
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from common import InputError, bounded, fold_numbers, log, positive_int, split_papers
+from common import InputError, Process, bounded, fold_numbers, log, positive_int, split_papers
 from lib import hub, results
 
 warnings.filterwarnings("ignore", category=FutureWarning)
@@ -79,9 +80,19 @@ def make_accelerator(precision="auto"):
         precision = ("bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16") if cuda else "fp32"
     if precision == "fp16" and not cuda:
         raise InputError("--precision fp16 needs CUDA: use fp32 or bf16")
+    several = os.environ.get("WORLD_SIZE", "1") != "1"
+    if several and "TORCHELASTIC_RUN_ID" not in os.environ:  # not started by accelerate launch or torchrun
+        log(f"WORLD_SIZE={os.environ['WORLD_SIZE']} in the environment is ignored: for several processes use "
+            "accelerate launch")  # fmt: skip
+        for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            os.environ.pop(name, None)
+        several = False
     # Unless it is told, accelerate takes each of several processes on a CPU for the only one.
-    cpu = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not cuda
-    return Accelerator(mixed_precision="no" if precision == "fp32" else precision, cpu=cpu)
+    precision = "no" if precision == "fp32" else precision
+    wait = InitProcessGroupKwargs(timeout=timedelta(hours=12))  # for a process that has more to do
+    accelerator = Accelerator(mixed_precision=precision, cpu=several and not cuda, kwargs_handlers=[wait])
+    Process.first = accelerator.is_main_process
+    return accelerator
 
 
 def describe(accelerator):
