@@ -3,6 +3,7 @@ torch until a test asks for a model, so that the tests of common.py answer in se
 """
 
 import csv
+import gc
 import importlib
 import io
 import json
@@ -41,6 +42,7 @@ def call(folder, script, *flags, **env):
     """
     env = {"OUT_DIR": folder / "outputs", "DATA_DIR": SAMPLE, **env}
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
+    gc.freeze()  # accelerate collects garbage after each model: it need not go through what was imported
     code = 0
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.chdir(folder)
