@@ -22,7 +22,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score, roc_auc_score
 from sklearn.model_selection import cross_val_predict
 
-from common import InputError, arg_parser, build_text, few, fingerprint, fold_numbers, load_papers, log, run_script
+from common import InputError, arg_parser, build_text, few, fold_numbers, load_papers, log, run_script
 from lib import report
 from lib.results import (
     paper_record,
@@ -59,13 +59,15 @@ def check_uuids(path, uuids, papers, side):
                          f"the uuids from there as text, or move {path.parent} away")
 
 
-def read_model(folder, train, test):
-    """The model whose predictions are in a folder. Raises InputError unless they are about these papers."""
-    metrics, want = read_json(folder / "metrics.json"), paper_record(train, test, 0)
+def read_model(folder, train, test, record):
+    """The model whose predictions are in a folder. `record`: paper_record of train and test. Raises InputError unless
+    the predictions are about these papers.
+    """
+    metrics = read_json(folder / "metrics.json")
     if not isinstance(metrics, dict) or not isinstance(metrics.get("papers"), dict):
         metrics = {}  # there is none, or it is of the user's own kind
     for side in ("train", "test"):
-        if metrics and metrics["papers"].get(f"{side}_fingerprint") != want[f"{side}_fingerprint"]:
+        if metrics and metrics["papers"].get(f"{side}_fingerprint") != record[f"{side}_fingerprint"]:
             raise InputError(f"{folder} holds predictions made with another {side} file (or another --limit): run its "
                              f"script again, or move {folder} away")
     valid, predicted = read_predictions(folder / "valid.csv"), read_predictions(folder / "test.csv")
@@ -84,7 +86,7 @@ def read_model(folder, train, test):
     return Model(folder.name, valid.set_index("uuid")["prob"], test_probs, metrics)
 
 
-def read_models(out_dir, train, test):
+def read_models(out_dir, train, test, record):
     """All models under out_dir, the plainest first. A folder with one of the two files is left out; a line says so."""
     models, rank = [], {name: place for place, name in enumerate(PLAINEST)}
     folders = {path.parent for path in out_dir.glob("*/*.csv") if path.name in ("valid.csv", "test.csv")}
@@ -93,7 +95,7 @@ def read_models(out_dir, train, test):
         if folder.name == "blend":
             raise InputError(f"{folder}: a model can't be called blend: give its folder another name")
         if not missing:
-            models.append(read_model(folder, train, test))
+            models.append(read_model(folder, train, test, record))
         elif folder.name != "keywords":
             log(f"warning: {folder} has no {missing[0]} and is left out: run its script again, or move it away")
     if not models:
@@ -217,16 +219,17 @@ def make_tables(metrics, labels, probs, test_labels, test_probs, mixture):
         tables.append(("Test papers", rows(test_labels, test_probs, "test papers", mixture)))
     more = []  # what the models say of further papers, and what the baseline compares itself with
     for name, m in metrics.items():
-        if m.get("scores") and m["papers"]["held_out"] > len(labels):
+        if m.get("scores") and m["papers"].get("held_out", 0) > len(labels):
             more.append((name, m["scores"], f"{m['papers']['held_out']} held out, {fields[name]}"))
         more += m.get("table", [])
     return [*tables, ("For comparison, each model on all papers it held out", more)] if more else tables
 
 
-def read_keyword_metrics(folder, test):
-    """metrics.json of extract_keywords.py; {} if it has not run on these test papers."""
+def read_keyword_metrics(folder, record):
+    """metrics.json of extract_keywords.py; {} if it has not run on these test papers. `record`: see read_model."""
     keywords = read_json(folder / "metrics.json", scores=dict, fields=list, papers=dict)
-    return keywords if keywords.get("papers", {}).get("test_fingerprint") == fingerprint(test) else {}
+    same = keywords and keywords["papers"].get("test_fingerprint") == record["test_fingerprint"]
+    return keywords if same else {}
 
 
 def read_failed(out_dir):
@@ -252,7 +255,8 @@ def parse_args():
 def main():
     args = parse_args()
     train, test, fields = load_papers(args)
-    models = read_models(args.out_dir, train, test)
+    record = paper_record(train, test, held_out=0)
+    models = read_models(args.out_dir, train, test, record)
     papers = shared_papers(train, models)
     labels, test_labels = papers["label"].to_numpy(), read_labels(args.test, test)
     metrics = {model.name: model.metrics for model in models}
@@ -279,6 +283,7 @@ def main():
     for title, rows in tables:
         print(f"\n{title}\n{score_table(rows)}")
 
+    keywords = read_keyword_metrics(args.out_dir / "keywords", record)
     found = report.Found(
         submitted=submitted,
         chosen=chosen,
@@ -287,15 +292,17 @@ def main():
         failed=read_failed(args.out_dir),
         tables=tables,
         metrics=metrics,
-        keywords=read_keyword_metrics(args.out_dir / "keywords", test),
+        keywords=keywords,
+        keyword_recall=None if "Keywords" in test else keywords.get("scores", {}).get("recall_case_at_40"),
         papers=papers,
         probs=probs,
         test_labels=test_labels,
         test_probs=test_probs,
     )
-    for which, f1, recall, estimate in report.board_estimates(found):
-        print(f"\nboard estimate (inferred): {estimate:.4f} = 0.4 x {f1:.4f} (F1, {which}) + 0.6 x {recall:.4f} "
-              "(recall of keywords, case-sensitive)")
+    if estimates := report.board_estimates(found):
+        print("\nBoard estimate (inferred, not official)")
+    for which, f1, recall, estimate in estimates:
+        print(f"{estimate:.4f} = 0.4 x {f1:.4f} (F1, {which}) + 0.6 x {recall:.4f} (case-sensitive recall of keywords)")
     report.write(args.out_dir, found)
 
 

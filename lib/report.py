@@ -4,7 +4,6 @@ report.md with the same tables. The same inputs give the same bytes. The templat
 
 import re
 from dataclasses import dataclass, field
-from itertools import zip_longest
 from pathlib import Path
 
 import jinja2
@@ -15,9 +14,17 @@ from scipy.stats import binomtest
 from common import log
 from lib import plots
 from lib.plots import LABELS
-from lib.results import METRICS, atomic_write, scores
+from lib.results import atomic_write, scores
 
 TITLE = "Medical or not: the report"
+SCORES = {  # name in metrics.json -> name in the report
+    "f1": "F1",
+    "accuracy": "accuracy",
+    "precision": "precision",
+    "recall": "recall",
+    "auc": "AUC",
+    "log_loss": "log-loss",
+}
 
 
 @dataclass
@@ -32,6 +39,7 @@ class Found:
     tables: list  # of scores: (title, rows of lib.results.score_table)
     metrics: dict  # {model: its metrics.json, {} if it has none}
     keywords: dict  # metrics.json of extract_keywords.py, {} if it has not run on these test papers
+    keyword_recall: float | None  # case-sensitive, of the keywords to submit; None if not known
     papers: pd.DataFrame  # the papers that every model held out
     probs: dict  # {model, and "blend" if one was tried: P(label = 1) of these papers}
     test_probs: dict  # the same of the test papers
@@ -44,20 +52,20 @@ class Section:
 
     title: str
     text: str = ""  # a sentence under the title
-    header: list = field(default_factory=list)  # of the table
-    rows: list = field(default_factory=list)  # of the table: lists of str
+    rows: list = field(default_factory=list)  # of the table: {column: text}
     pictures: list = field(default_factory=list)  # plots.Picture
     bars: dict = field(default_factory=dict)  # {label: [(n-gram, weight), largest first]}
-    papers: list = field(default_factory=list)  # one a row: a dict whose author and abstract the first cell can show
+    papers: list = field(default_factory=list)  # one a row: its author and abstract, which the first cell can show
 
     def column_kinds(self):
-        """How the page sets each column: "number", "wide" (long text) or "text"."""
-        kinds = []
-        for cells in zip(*self.rows):
-            if all(re.fullmatch(r"[\d.,]+( ✗)?|–", cell) for cell in cells):
-                kinds.append("number")
+        """{column: how the page sets it: "number", "wide" (long text) or "text"}."""
+        kinds = {}
+        for column in self.rows[0]:
+            cells = [row[column] for row in self.rows]
+            if all(re.fullmatch(r"[\d.,]+( ✗| s| min| ± \S+)?|–", cell) for cell in cells):
+                kinds[column] = "number"
             else:
-                kinds.append("wide" if max(map(len, cells)) > 30 else "text")
+                kinds[column] = "wide" if max(map(len, cells)) > 30 else "text"
         return kinds
 
 
@@ -93,7 +101,7 @@ def board_estimates(found):
     """What the board may show: (which papers F1 is of, F1, case-sensitive recall of keywords, estimate), one for the
     held-out papers and, with labels, one for the test papers. Empty if the recall is not known.
     """
-    recall = found.keywords.get("scores", {}).get("recall_case_at_40")
+    recall = found.keyword_recall
     if recall is None:
         return []
     return [(papers, f1, recall, 0.4 * f1 + 0.6 * recall) for papers, f1, _ in submitted_scores(found)]
@@ -153,39 +161,46 @@ def describe_trust(found):
 # ---- sections --------------------------------------------------------------------------------------------------------
 
 
-def score_section(title, rows):
-    """`rows`: (name, scores, note), as in lib.results.score_table."""
-    header = ["model", "accuracy", "precision", "recall", "F1", "AUC", "log-loss", "papers, fields"]
-    cells = [[name, *(number(values.get(key)) for key in METRICS), note] for name, values, note in rows]
-    return Section(title, header=header, rows=cells)
+def score_section(title, scored):
+    """`scored`: (name, scores, note), as in lib.results.score_table."""
+    rows = []
+    for name, values, note in scored:
+        cells = {SCORES[key]: number(values.get(key)) for key in SCORES}
+        rows.append({"model": name, **cells, "papers, fields": note})
+    return Section(title, rows=rows)
 
 
 def board_section(estimates):
     """`estimates`: see board_estimates."""
-    header = ["papers of task 1", "F1 of task 1", "keyword recall", "board estimate"]
-    rows = [[papers, *map(number, values)] for papers, *values in estimates]
+    rows = []
+    for papers, f1, recall, estimate in estimates:
+        parts = {"F1 of task 1": number(f1), "keyword recall": number(recall)}
+        rows.append({"papers of task 1": papers, **parts, "board estimate": number(estimate)})
     text = "0.4 × F1 of task 1 + 0.6 × case-sensitive recall of keywords (mean over papers). This is inferred from "
     text += "scores that teams have published; it is not official."
-    return Section("Board estimate (inferred)", text, header, rows)
+    return Section("Board estimate (inferred)", text, rows)
 
 
 def seed_section(metrics):
     """The spread of the scores of models that were trained with several seeds."""
-    header, rows = ["model", "seeds", "accuracy", "F1", "AUC", "log-loss"], []
+    rows = []
     for name, m in metrics.items():
-        runs = pd.DataFrame(m.get("seeds", []))
-        if len(runs):
-            columns = [runs[key].astype(float) for key in ("accuracy", "f1", "auc", "log_loss")]
-            cells = [f"{number(column.mean())} ± {number(column.std())}" for column in columns]
-            rows.append([name, str(len(runs)), *cells])
-    return Section("Over seeds", "Mean ± standard deviation of the held-out scores of each seed.", header, rows)
+        runs = m.get("seeds", [])
+        cells = {}
+        for key, label in SCORES.items():
+            values = pd.Series([run.get(key) for run in runs], dtype=float)
+            cells[label] = f"{number(values.mean())} ± {number(values.std())}"
+        if runs:
+            rows.append({"model": name, "seeds": str(len(runs)), **cells})
+    return Section("Over seeds", "Mean ± standard deviation of the scores of each seed.", rows)
 
 
 def time_taken(m):
     """How long a script took, from its metrics.json: all of it where it says so, else training and predicting."""
     seconds, speed = m.get("seconds"), m.get("predict_papers_per_second")
     if seconds is None and "train_seconds" in m:
-        seconds = m["train_seconds"] + ((m["papers"]["held_out"] + m["papers"]["test"]) / speed if speed else 0)
+        predicted = m["papers"]["held_out"] + m["papers"]["test"]
+        seconds = m["train_seconds"] + (predicted / speed if speed else 0)
     if seconds is None:
         return "–"
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f} min"
@@ -193,14 +208,20 @@ def time_taken(m):
 
 def cost_section(stages):
     """`stages`: {model or "keywords": its metrics.json}."""
-    header = ["stage", "device", "epochs", "time", "training, papers/s", "predicting, papers/s", "memory, MiB"]
     rows = []
     for name, m in stages.items():
-        device, epochs = m.get("trained_on") or m.get("device", "–"), np.atleast_1d(m.get("epochs_run", "–"))
-        speeds = [number(m.get(f"{key}_papers_per_second"), 1) for key in ("train", "predict")]
+        epochs = np.atleast_1d(m.get("epochs_run", "–"))  # of each fold
         memory = max(m.get("peak_memory_mb") or 0, m.get("train_peak_memory_mb") or 0) or None
-        rows.append([name, device, " + ".join(map(str, epochs)), time_taken(m), *speeds, number(memory, 0)])
-    return Section("Time and memory", "Time of training and predicting, or of the whole script.", header, rows)
+        rows.append({
+            "stage": name,
+            "device": m.get("trained_on") or m.get("device", "–"),
+            "epochs": " + ".join(map(str, epochs)),
+            "time": time_taken(m),
+            "training, papers/s": number(m.get("train_papers_per_second"), 1),
+            "predicting, papers/s": number(m.get("predict_papers_per_second"), 1),
+            "memory, MiB": number(memory, 0),
+        })
+    return Section("Time and memory", "Time of training and predicting, or of the whole script.", rows)
 
 
 def settings_section(metrics):
@@ -212,18 +233,19 @@ def settings_section(metrics):
 
     rows = []
     for name, m in metrics.items():
-        settings, versions = to_text(m.get("settings", {})), to_text(m.get("versions", {}))
-        rows.append([name, " ".join(m.get("fields", [])), settings, versions])
-    return Section("Settings", header=["model", "fields", "settings", "versions"], rows=rows)
+        row = {"model": name, "fields": " ".join(m.get("fields", []))}
+        rows.append({**row, "settings": to_text(m.get("settings", {})), "versions": to_text(m.get("versions", {}))})
+    return Section("Settings", rows=rows)
 
 
 def keyword_section(keywords):
     """`keywords`: metrics.json of extract_keywords.py."""
-    values = {name: value for name, value in keywords["scores"].items() if isinstance(value, (int, float))}
-    rows = [[name.replace("_", " "), number(value)] for name, value in values.items()]
+    rows = []
+    for name, value in keywords["scores"].items():
+        if isinstance(value, (int, float)):
+            rows.append({"score": name.replace("_", " "), "value": number(value)})
     papers, fields = keywords["papers"].get("held_out"), " ".join(keywords["fields"])
-    text = f"Of extract_keywords.py, out of fold on {papers} papers, {fields}."
-    return Section("Keywords", text, ["score", "value"], rows)
+    return Section("Keywords", f"Of extract_keywords.py, out of fold on {papers} papers, {fields}.", rows)
 
 
 def hardest(labels, probs, most=20):
@@ -238,39 +260,32 @@ def hardest_section(papers, probs, models):
     places = hardest(papers["label"].to_numpy(), np.array([probs[name] for name in models]))
     chosen, rows = papers.iloc[places].to_dict("records"), []
     for place, paper in zip(places, chosen):
-        cells = []
-        for values in probs.values():
+        cells = {}
+        for name, values in probs.items():
             right = (values[place] >= 0.5) == paper["label"]
-            cells.append(f"{values[place]:.3f}" + ("" if right else " ✗"))
-        rows.append([paper["title"] or "(no title)", paper["uuid"], str(paper["label"]), *cells])
-    text = (
-        "Papers that the models get most wrong or disagree on most, with P(label = 1) of each model; ✗ marks the wrong "
-        "side of 0.5. On the page, a title opens authors and abstract."
-    )
-    title, header = f"The {len(rows)} hardest of the held-out papers", ["title", "uuid", "label", *probs]
-    return Section(title, text, header, rows, papers=chosen)
-
-
-def strongest_section(title, hint, strongest):
-    """What the baseline's words, or the characters of authors, weigh. `strongest`: {label: [[n-gram, weight]]}."""
-    header, columns = [], []
-    for label in ("1", "0"):
-        header += [LABELS[int(label)], "weight"]
-        columns += [[name for name, _ in strongest[label]], [f"{weight:.2f}" for _, weight in strongest[label]]]
-    rows = [list(row) for row in zip_longest(*columns, fillvalue="")]
-    bars = {LABELS[int(label)]: strongest[label] for label in ("1", "0")}
-    return Section(title, f"The n-grams with the highest weight for each label; {hint}.", header, rows, bars=bars)
+            cells[f"P by {name}"] = f"{values[place]:.3f}" + ("" if right else " ✗")
+        title = paper["title"] or "(no title)"
+        rows.append({"title": title, "uuid": paper["uuid"], "label": str(paper["label"]), **cells})
+    text = "Papers that the models get most wrong or disagree on most, with P(label = 1) by each model; ✗ marks the "
+    text += "wrong side of 0.5. On the page, a title opens authors and abstract."
+    return Section(f"The {len(rows)} hardest of the held-out papers", text, rows, papers=chosen)
 
 
 def strongest_sections(strongest):
-    """`strongest`: {"words" and "author": {label: [[n-gram, weight]]}}, of the baseline."""
-    if any(strongest.get("words", {}).values()):
-        yield strongest_section("What words tell the baseline", "a punctuation mark is a word", strongest["words"])
-    if any(strongest.get("author", {}).values()):
-        blanks_shown = {}
-        for label, ngrams in strongest["author"].items():
-            blanks_shown[label] = [[name.replace(" ", "␣"), weight] for name, weight in ngrams]
-        yield strongest_section("What the way authors are written tells the baseline", "␣ is a blank", blanks_shown)
+    """What n-grams tell the baseline. `strongest`: {"words" or "author": {label: [[n-gram, weight]]}}."""
+    titles = {
+        "words": ("What words tell the baseline", "a punctuation mark is a word"),
+        "author": ("What the way authors are written tells the baseline", "␣ is a blank"),
+    }
+    for block, (title, hint) in titles.items():
+        bars, rows = {}, []
+        for label in ("1", "0"):
+            ngrams = strongest.get(block, {}).get(label, [])
+            if block == "author":
+                ngrams = [(name.replace(" ", "␣"), weight) for name, weight in ngrams]
+            bars[LABELS[int(label)]] = ngrams
+            rows += [{"label": label, "n-gram": name, "weight": f"{weight:.2f}"} for name, weight in ngrams]
+        yield Section(title, f"The n-grams with the highest weight for each label; {hint}.", rows, bars=bars)
 
 
 def read_logs(folder, metrics):
@@ -320,14 +335,15 @@ def make_sections(folder, found):
     sections = [score_section(title, rows) for title, rows in found.tables]
     sections.append(board_section(board_estimates(found)))
     sections.append(seed_section(found.metrics))
+    recorded = {name: m for name, m in found.metrics.items() if m}  # a user's own model may have no metrics.json
     keywords = {"keywords": found.keywords} if found.keywords else {}
-    sections.append(cost_section(found.metrics | keywords))
+    sections.append(cost_section(recorded | keywords))
     sections += [keyword_section(m) for m in keywords.values()]
     sections.append(curve_section(folder, found.metrics))
     sections += probability_sections(found)
     sections += strongest_sections(found.metrics.get("baseline", {}).get("strongest", {}))
     sections.append(hardest_section(found.papers, found.probs, list(found.metrics)))
-    sections.append(settings_section(found.metrics))
+    sections.append(settings_section(recorded))
     return [section for section in sections if section.rows or section.pictures]
 
 
@@ -350,9 +366,11 @@ def md_text(text):
     return re.sub(r"([\\`*_\[\]<>|#~$&])", r"\\\1", text)
 
 
-def md_table(header, rows):
-    header, *rows = ([md_text(text) for text in row] for row in (header, *rows))
-    return "\n".join(f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *rows))
+def md_table(rows):
+    """`rows`: {column: text}."""
+    lines = [list(map(md_text, rows[0])), ["---"] * len(rows[0])]
+    lines += [list(map(md_text, row.values())) for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def to_markdown(found, sections):
@@ -361,7 +379,7 @@ def to_markdown(found, sections):
     blocks += ["## How far to trust the scores", *map(md_text, describe_trust(found))]
     for section in sections:
         if section.rows:
-            blocks += [f"## {section.title}", md_text(section.text), md_table(section.header, section.rows)]
+            blocks += [f"## {section.title}", md_text(section.text), md_table(section.rows)]
     return "\n\n".join(filter(None, blocks))
 
 

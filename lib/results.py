@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 from filelock import FileLock, Timeout
 
-from common import LABELS, InputError, few, fingerprint, log, read_rows
+from common import InputError, clean, few, fingerprint, log, read_label, read_rows
 
 METRICS = ("accuracy", "precision", "recall", "f1", "auc", "log_loss")
 RERUN = "run the script that writes it again"
@@ -47,7 +47,8 @@ def score_table(rows):
     frame = frame.astype(dict.fromkeys(METRICS, float))
     for name in ("model", "papers, fields"):  # to_string would push text to the right
         frame[name] = frame[name].str.ljust(frame[name].str.len().max())
-    return frame.to_string(index=False, float_format="{:.4f}".format, na_rep="–", justify="left")
+    table = frame.to_string(index=False, float_format="{:.4f}".format, na_rep="–", justify="left")
+    return "\n".join(line.rstrip() for line in table.splitlines())
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
@@ -237,26 +238,23 @@ def save_results(folder, metrics, test, test_probs, held_out=None, valid_probs=N
 
 
 def read_predictions(path):
-    """A model's predictions: a frame of uuid (str), label (int, where the file has it) and prob (float). Columns may come
-    in any order, and others are ignored. Raises InputError that names the rows.
+    """A model's predictions: a frame of uuid (str), label (int, where the file has it) and prob (float). Columns may
+    come in any order, and others are ignored. Raises InputError that names the rows.
     """
     header, rows, numbers = read_rows(path)
     header = [name.replace("\ufeff", "").strip().casefold() for name in header]
     if missing := [name for name in ("uuid", "prob") if header.count(name) != 1]:
-        raise InputError(f"{path}: want one column {' and one column '.join(missing)}, the header has {few(header, 8)}: "
-                         f"add it, or {RERUN}")
-    cells = dict(zip(header, zip(*rows) if rows else [()] * len(header)))
-    columns = {"uuid": list(cells["uuid"])}
+        raise InputError(f"{path}: want one column {few(missing)}; the header has {few(header, 8)}")
+    cells = dict(zip(header, zip(*rows))) if rows else dict.fromkeys(header, ())
+    columns, wrong = {"uuid": list(cells["uuid"])}, {}
     if "label" in cells:
-        columns["label"] = [LABELS.get(cell.strip()) for cell in cells["label"]]
+        columns["label"] = [read_label(cell) for cell in cells["label"]]
+        wrong["label is neither 0 nor 1"] = [label is None for label in columns["label"]]
     columns["prob"] = pd.to_numeric(pd.Series(cells["prob"], dtype=str), errors="coerce").astype(float)
-    wrong = ~columns["prob"].between(0, 1)
-    if wrong.any():
-        raise InputError(f"{path}: column prob is not a number from 0 to 1 in row {few(np.array(numbers)[wrong])}: fix it, "
-                         f"or {RERUN}")
-    if None in columns.get("label", []):
-        row = numbers[columns["label"].index(None)]
-        raise InputError(f"{path}: column label is neither 0 nor 1 in row {row}: fix it, or {RERUN}")
+    wrong["prob is not a number from 0 to 1"] = ~columns["prob"].between(0, 1)
+    for fault, rows_with_it in wrong.items():
+        if np.any(rows_with_it):
+            raise InputError(f"{path}: column {fault} in row {few(np.array(numbers)[rows_with_it])}: fix it, or {RERUN}")
     return pd.DataFrame(columns)
 
 
@@ -271,11 +269,12 @@ def read_labels(test_path, test):
     names = [name.strip().casefold() for name in header]
     if "uuid" not in names or "label" not in names:
         raise InputError(f"{path}: no column uuid or label; fix it or move it away")
-    labels = {row[names.index("uuid")]: LABELS.get(row[names.index("label")].strip()) for row in rows}
-    if any(labels.get(uuid) is None for uuid in test["uuid"]):
+    labels = {clean(row[names.index("uuid")]): read_label(row[names.index("label")]) for row in rows}
+    found = [labels.get(clean(uuid)) for uuid in test["uuid"]]
+    if None in found:
         log(f"{path} does not label all test papers: no test scores")
         return None
-    return np.array([labels[uuid] for uuid in test["uuid"]])
+    return np.array(found)
 
 
 # ---- submission ------------------------------------------------------------------------------------------------------
@@ -322,15 +321,17 @@ def write_submission(path, test, labels, out_dir):
 
 
 def warn_one_class(labels, train_labels):
-    """Log a warning if at least 99 % of the test papers get one class and train has both (10 % or more of each). Returns
-    the warning, "" if there is none. Both: sequences of 0/1; ten test papers or more, fewer can happen to be alike.
+    """Log a warning if at least 99 % of the test papers get one class although train has 10 % or more of each. Returns
+    the warning, "" if there is none. Both: sequences of 0/1. Fewer than ten test papers may happen to be of one class.
     """
-    share, train_share = np.mean(labels), np.mean(train_labels)
-    if len(labels) < 10 or 0.01 < share < 0.99 or not 0.1 <= train_share <= 0.9:
+    share, usual = np.mean(labels), np.mean(train_labels)
+    if len(labels) < 10 or 0.01 < share < 0.99 or not 0.1 <= usual <= 0.9:
         return ""
     label = int(share > 0.5)
-    count, usual = np.sum(np.asarray(labels) == label), np.mean(np.asarray(train_labels) == label)
-    warning = (f"warning: {count:,} of {len(labels):,} test papers get label {label}, in train {usual:.0%} have it: is the "
-               "test file the right one, are its fields filled, has the model learnt anything (see its held-out scores)?")
+    count = np.sum(np.asarray(labels) == label)
+    warning = (
+        f"warning: {count:,} of {len(labels):,} test papers get label {label}, in train {usual if label else 1 - usual:.0%}"
+        " have it: are the fields of the test file filled, and does the model do well on held-out papers?"
+    )
     log(warning)
     return warning

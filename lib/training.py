@@ -33,7 +33,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from common import InputError, fold_numbers, log, number, positive_int, split_papers
+from common import InputError, bounded, fold_numbers, log, positive_int, split_papers
 from lib import hub, results
 
 warnings.filterwarnings("ignore", category=FutureWarning)
@@ -54,16 +54,16 @@ def add_training_flags(parser, epochs, batch_size, patience, at_once):
     add("--batch-size", type=positive_int, default=batch_size, metavar="N", help="papers a step, default %(default)s")
     add("--accumulate", type=positive_int, metavar="N", help="pieces a batch is split into, to save memory: same "
         f"result; default 1 with CUDA, else pieces of {at_once}, which a CPU computes faster")  # fmt: skip
-    add("--lr", type=number(float, 1e-9, 10), metavar="X", help="highest learning rate, default by model")
-    add("--warmup", type=number(float, 0, 1), default=0.1, metavar="R", help="share of the steps, default %(default)s")
-    add("--weight-decay", type=number(float, 0, 10), default=0.01, metavar="X", help="default %(default)s")
+    add("--lr", type=bounded(float, 1e-9, 10), metavar="X", help="highest learning rate, default by model")
+    add("--warmup", type=bounded(float, 0, 1), default=0.1, metavar="R", help="share of the steps, default %(default)s")
+    add("--weight-decay", type=bounded(float, 0, 10), default=0.01, metavar="X", help="default %(default)s")
     add("--patience", type=positive_int, default=patience, metavar="N", help="stop after N epochs without a better one")
     add("--class-weight", choices=("balanced",), help="let both classes count the same, whatever their numbers")
-    add("--folds", type=number(int, 2, 1000), metavar="K", help="train K models, each with another K-th of the papers "
+    add("--folds", type=bounded(int, 2, 1000), metavar="K", help="train K models, each with another K-th of the papers "
         "held out: out-of-fold scores, averaged predictions")  # fmt: skip
-    add("--seeds", type=number(int, 2, 1000), metavar="N", help="train N models with other seeds: mean and standard "
+    add("--seeds", type=bounded(int, 2, 1000), metavar="N", help="train N models with other seeds: mean and standard "
         "deviation of their scores, averaged predictions")  # fmt: skip
-    add("--save-minutes", type=number(float, 0, 1e6), default=10, metavar="M", help="between checkpoints, default 10")
+    add("--save-minutes", type=bounded(float, 0, 1e6), default=10, metavar="M", help="between checkpoints, default 10")
     add("--resume", action="store_true", help="go on where a killed run stopped")
     add_precision_flag(add)
 

@@ -90,7 +90,7 @@ def test_one_model_gives_a_smaller_page(read_page, model):
         assert title in page.text and title in text
     for title in ("Learning curves", "Agreement", "Keywords", "way authors are written tells"):
         assert title not in page.text
-    assert "| cell | 1.50 |" in text and "width:100%" in dict(page.attributes).values()
+    assert "| 1 | cell | 1.50 |" in text and "width:100%" in dict(page.attributes).values()
 
 
 def test_whole_page(read_page, tmp_path, model):
@@ -158,7 +158,7 @@ def test_keywords_and_board_only_of_these_papers(kit, read_page, tmp_path, model
     text = read_page("--report-only")[1]
     assert "| f1 at 5 | 0.1234 |" in text and "77 papers" in text and "| keywords | – | – | 30 s |" in text
     assert "| 120 held-out papers | 1.0000 | 0.2500 | 0.5500 |" in text and "inferred" in text
-    assert "0.5500 = 0.4 x 1.0000 (F1, 120 held-out papers) + 0.6 x 0.2500" in kit("blend.py").stdout
+    assert "\n0.5500 = 0.4 x 1.0000 (F1, 120 held-out papers) + 0.6 x 0.2500" in kit("blend.py").stdout
     record["papers"]["test_fingerprint"] = "other"
     write_json(tmp_path / "outputs" / "keywords" / "metrics.json", record)
     text = read_page("--report-only")[1]
@@ -188,7 +188,7 @@ def test_failed_stages_are_shown_until_they_succeed(read_page, tmp_path, model):
 def test_seeds_show_their_spread(read_page, model):
     seeds = [scores([0, 1], [0.2, 0.9]), scores([0, 1], [0.2, 0.4])]
     model("bert", 0.4, seeds=seeds)
-    assert "| bert | 2 | 0.7500 ± 0.3536 | 0.5000 ± 0.7071 |" in read_page()[1]
+    assert "| bert | 2 | 0.5000 ± 0.7071 | 0.7500 ± 0.3536 |" in read_page()[1]
 
 
 @pytest.mark.parametrize("accuracy", [0.5, 0.99])
