@@ -1,7 +1,10 @@
 import argparse
 import csv
+import gzip
+import io
 import subprocess
 import sys
+import zipfile
 
 import numpy as np
 import pandas as pd
@@ -57,6 +60,52 @@ def test_reads_what_spreadsheets_write(write_csv, delimiter):
     check_rows(common.read_papers(write_csv("t.csv", [header, *rows], "utf-8-sig", delimiter=delimiter), labelled=True))
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        gzip.compress,
+        lambda text: to_zip({"t.csv": text, "other.csv": b""}),
+        lambda text: to_zip({"data/any.CSV": text, "readme.txt": b"hi"}),
+        lambda text: b"sep=,\n" + text,
+        lambda text: b"\xef\xbb\xbf" * 2 + text.replace(b'"', b"", 2),
+        lambda text: text.replace(b'","', b'", "'),
+        lambda text: text.replace(b'"quoted" ""', b"").replace(b'text"', b'text \\"quoted\\""'),
+    ],
+    ids=["gzip", "zip", "zip of one", "sep=", "two BOMs", "blanks after commas", "backslash quotes"],
+)
+def test_reads_what_other_programs_write(write_csv, change):
+    path = write_csv("t.csv", [HEADER, *ROWS], quoting=csv.QUOTE_ALL)
+    path.write_bytes(change(path.read_bytes()))
+    papers = common.read_papers(path, labelled=True)
+    papers["abstract"] = papers["abstract"].str.replace(' "quoted"', "")
+    check_rows(papers)
+
+
+def to_zip(files):
+    """A zip file with these files, as bytes. `files`: {name: bytes}."""
+    with io.BytesIO() as packed:
+        with zipfile.ZipFile(packed, "w") as archive:
+            for name, data in files.items():
+                archive.writestr(name, data)
+        return packed.getvalue()
+
+
+@pytest.mark.parametrize("labels", [["TRUE", "false"], ["1.0", "0.0"], [" 1", "0 "], ["１", "0"]])
+def test_labels_as_programs_write_them(write_csv, labels):
+    rows = [["uuid", "title", "abstract", "label"], ["a", "t", "x", labels[0]], ["b", "u", "y", labels[1]]]
+    assert common.read_papers(write_csv("t.csv", rows), labelled=True)["label"].tolist() == [1, 0]
+
+
+def test_a_column_that_says_nothing_is_left_out(write_csv, capsys):
+    """And a label in a test file means nothing, whatever it holds."""
+    header = ["uuid", "title", "abstract", "author", "keywords", "Label"]
+    rows = [[f"u{i}", f"title {i}", "x", cell, "n/a", "9"] for i, cell in enumerate(["Lee, Ann", "NaN", "-"])]
+    papers = common.read_papers(write_csv("t.csv", [header, *rows]))
+    assert papers.columns.tolist() == ["uuid", "title", "author", "abstract"]
+    assert papers["author"].tolist() == ["Lee, Ann", "", ""]
+    assert "column Keywords of" in capsys.readouterr().err
+
+
 def test_extra_columns_and_their_order_are_kept(write_csv):
     rows = [["note", *HEADER]] + [[f"n{i}", *row] for i, row in enumerate(ROWS)]
     papers = common.read_papers(write_csv("t.csv", rows), labelled=True)
@@ -79,6 +128,10 @@ def test_test_file_needs_neither_keywords_nor_author_nor_label(write_csv):
         ("ﬁne １２", "fine 12"),
         ("AT&T &nosuch;", "AT&T &nosuch;"),
         (f"&#{'9' * 5000};", f"&#{'9' * 5000};"),
+        ("CO<sub>2</sub>&nbsp;emis\xadsion", "CO2 emission"),
+        ('<jats:p>One.</jats:p><p class="a">Two</p>', "One. Two"),
+        ("if a<b and c>d then p < 0.05", "if a<b and c>d then p < 0.05"),
+        ("zero\u200bwidth \ufefftext", "zerowidth text"),
     ],
 )
 def test_clean(raw, clean):
@@ -97,6 +150,7 @@ def test_clean(raw, clean):
         ([HEADER, *ROWS, ["007", *ROWS[0][1:]]], ["uuid", "007", "row 6"]),
         ([HEADER, *ROWS, ["", *ROWS[0][1:]]], ["uuid", "row 6"]),
         ([HEADER, *ROWS, ["a\nb", *ROWS[0][1:]]], ["line break", "row 6"]),
+        ([HEADER, *ROWS, ["1.23E+15", *ROWS[0][1:]]], ["Excel", "row 6"]),
         ([HEADER, *ROWS, ["11", "t", "", "", "", "2"]], ["label", "row 6"]),
         ([HEADER, *ROWS, ["11", "t", "", "", "", ""]], ["label", "row 6"]),
         ([HEADER, *ROWS, ["11", "t", "", ""]], ["row 6", "4 cells"]),
@@ -115,7 +169,11 @@ def test_refuses_rows(write_csv, rows, words):
     ("content", "word"),
     [
         (None, "no such file"),
-        (b"PK\x03\x04\x14\x00", "Excel"),
+        (to_zip({"xl/workbook.xml": b"<x>"}), "Excel"),
+        (to_zip({"a.csv": b"x", "b.csv": b"x"}), "2 CSV files"),
+        (b"PK\x03\x04\x14\x00", "damaged zip"),
+        (gzip.compress(b"x" * 999)[:-9], "damaged gzip"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
         (b"\n<!DOCTYPE html><html>", "web page"),
         (b"uuid,title,abstract\n1,a\0b,c\n", "NUL"),
         ("uuid,title,abstract\n1,naïve,".encode() + "é".encode() * 20 + b"\xe9 x\n", "0xe9"),
@@ -188,6 +246,18 @@ def test_folds_are_stratified_and_blind_to_the_order_of_rows(folds):
     assert [by_uuid[uuid] for uuid in papers["uuid"]] == numbers.tolist()
     with pytest.raises(InputError, match="--folds 18"):
         common.fold_numbers(papers, 18)
+
+
+@pytest.mark.parametrize(
+    "split", [common.split_papers, lambda papers, seed: common.fold_numbers(papers, 3, seed)], ids=["split", "folds"]
+)
+def test_copies_of_a_paper_are_held_out_together(split):
+    papers = paper_frame()
+    copies = papers.head(30).assign(uuid=[f"z{i}" for i in range(30)], title=papers["title"].str.upper())
+    both = pd.concat([papers, copies], ignore_index=True)
+    found = split(both, seed=1)
+    assert np.array_equal(found[:30], found[40:]) and len(set(found)) > 1
+    assert np.array_equal(found[:40], split(papers, seed=1)), "copies move no other paper"
 
 
 def test_fingerprint_knows_papers_whatever_their_order():
