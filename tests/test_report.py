@@ -46,9 +46,9 @@ class Page(HTMLParser):
 @pytest.fixture
 def model(tmp_path, papers):
     """Write what a model leaves: made-up probabilities, worse as `noise` grows, further metrics and its log.csv."""
-    train, test = papers
 
-    def write(name, noise, held_out=slice(None), train=train, test_probs=None, log=None, **metrics):
+    def write(name, noise, held_out=slice(None), papers=papers, test_probs=None, log=None, **metrics):
+        train, test = papers
         random, held = np.random.default_rng(list(name.encode())), train[held_out]
         probs = np.clip(held["label"] + noise * random.normal(size=len(held)), 0, 1)
         metrics = {"papers": paper_record(train, test, len(held)), "fields": ["title"], **metrics}
@@ -111,8 +111,8 @@ def test_untrusted_text_stays_text(read_page, model, papers, write_csv, recwarn)
         train.loc[train.index[:40], name] = f"{name} {HOSTILE}"
     path = write_csv("train.csv", [train.columns, *train.to_numpy()])
     train = common.read_papers(path, labelled=True)
-    model("<i>$\\frac$ | 模型", 0.5, train=train, log=LOG)
-    model("_b", 0.5, train=train)
+    model("<i>$\\frac$ | 模型", 0.5, papers=(train, papers[1]), log=LOG)
+    model("_b", 0.5, papers=(train, papers[1]))
     page, text = read_page("--train", path)
     assert not recwarn.list
     assert all(f"{name} {HOSTILE}" in page.text for name in ("title", "author", "abstract"))
@@ -163,6 +163,16 @@ def test_keywords_and_board_only_of_these_papers(kit, read_page, tmp_path, model
     write_json(tmp_path / "outputs" / "keywords" / "metrics.json", record)
     text = read_page("--report-only")[1]
     assert "0.1234" not in text and "oard estimate" not in text
+
+
+def test_no_board_estimate_if_the_test_file_gives_the_keywords(read_page, tmp_path, model, papers, write_csv):
+    train, test = papers[0], papers[1].assign(Keywords="a. b.")
+    path = write_csv("test.csv", [test.columns, *test.to_numpy()])
+    model("bert", 0, papers=(train, test))
+    record = {"scores": {"recall_case_at_40": 0.25}, "fields": [], "papers": paper_record(train, test, 77)}
+    write_json(tmp_path / "outputs" / "keywords" / "metrics.json", record)
+    text = read_page("--test", path)[1]
+    assert "0.2500" in text and "oard estimate" not in text
 
 
 def test_f1_comes_with_an_interval(read_page, model, papers):
