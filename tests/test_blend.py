@@ -160,7 +160,7 @@ def test_a_cut_off_file_is_refused_and_a_missing_one_left_out(refused, kit, own_
     (own_model.parent / "keywords" / "test.csv").write_text("uuid,Keywords\n")
     done = kit("blend.py")
     assert done.returncode == 0 and "outputs/mine has no test.csv and is left out" in done.stderr
-    assert done.stderr.count("left out: run its script") == 1  # extract_keywords.py leaves a test.csv alone, and it is not a model
+    assert done.stderr.count("left out: run its script") == 1  # outputs/keywords has no valid.csv, and is not a model
 
 
 def test_models_that_held_out_different_papers(kit, model, papers):
