@@ -8,13 +8,14 @@
 In: train.csv, test.csv. Out, under outputs/baseline/: valid.csv (out-of-fold probabilities of every training paper),
 test.csv, metrics.json, submit_task1.csv.
 
-Counted are the words and word pairs of all fields but the author's, and the characters of the author field as it is
-written ('Ann Lee,Bo Chen' or 'Lee, Ann; Chen, Bo'): how a database writes authors can tell the label. Where that
-doesn't help, out of fold, the authors are left out.
+It counts words and word pairs of all fields but the author's, and the characters of the author field as it is written
+('Ann Lee,Bo Chen' or 'Lee, Ann; Chen, Bo'): how a database writes authors can give the label away. Where that doesn't
+help, out of fold, the authors are left out.
 """
 
 import time
 from collections import Counter
+from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
@@ -29,186 +30,333 @@ from sklearn.svm import LinearSVC
 from tqdm import tqdm
 
 import common
-from common import log, run_script, scores, whole
+from common import InputError, bounded, few, log, positive_int, run_script
+from lib import results
+from lib.results import scores
 
 MODELS = {"lr": "logistic regression", "nb": "naive Bayes", "svm": "linear SVM", "rf": "random forest"}
 WORD = r"\w+|[^\w\s]"  # a punctuation mark is a word: how abstracts are punctuated tells a little
-STRENGTH = {"lr": 30, "nb": 0.01, "svm": 1, "rf": 1}
-BLOCK = 10_000  # test papers scored at a time, for the memory
-AUTHOR_WEIGHT = 2  # of the author's characters, where the words weigh 1
+STRENGTH = {"lr": 30, "nb": 0.01, "svm": 1, "rf": 1}  # defaults of --strength
 GRID = {"lr": (3, 10, 30, 100), "nb": (0.003, 0.01, 0.03, 0.1), "svm": (0.1, 0.3, 1, 3), "rf": (1, 2, 4)}
+AUTHOR_WEIGHT = 2  # of the author's characters, where the words weigh 1
+AUTHOR_WEIGHTS = (0.5, 1, 2, 4)  # what --tune tries
+SMOOTHING = 0.1  # added to each class's use of an n-gram
+BLOCK = 10_000  # test papers scored at a time, so that memory doesn't grow with their number
+STRONGEST = 15  # n-grams a label in metrics.json
+NAMING_PAPERS = 9  # papers that are read to name a column
+
+
+# ---- count -----------------------------------------------------------------------------------------------------------
 
 
 def block_texts(papers, fields):
-    """What is counted, as a dict of lists of str, one a paper: "words", of all fields but author, and "author", that
-    field as it is written; each where there are such fields.
+    """What is counted, one str a paper: {"words": all fields but the author's, "author": that field as it is written}.
+    A block without fields is left out.
     """
+    texts = {}
     words = [name for name in fields if name != "author"]
-    texts = {"words": common.build_text(papers, words)} if words else {}
-    return texts | ({"author": papers["author"].tolist()} if "author" in fields else {})
+    if words:
+        texts["words"] = common.build_text(papers, words)
+    if "author" in fields:
+        texts["author"] = papers["author"].tolist()
+    return texts
 
 
-def new_counter(block, ngrams):
-    """Counts words, or the characters of authors, into hashed columns: no vocabulary is learned, so a paper's counts
-    depend on no other paper, and memory doesn't grow with the vocabulary.
+def new_counter(block, longest):
+    """Counts runs of up to `longest` words, or of 1 to 3 characters of the authors, in hashed columns: no vocabulary is
+    learned, so a paper's counts depend on no other paper, and memory doesn't grow with the vocabulary.
     """
-    shape = {"alternate_sign": False, "norm": None, "dtype": np.float32}
+    options = {"alternate_sign": False, "norm": None, "dtype": np.float32}
     if block == "words":
-        return HashingVectorizer(n_features=2**20, ngram_range=ngrams, token_pattern=WORD, **shape)
-    return HashingVectorizer(n_features=2**18, analyzer="char", ngram_range=(1, 3), lowercase=False, **shape)
+        return HashingVectorizer(n_features=2**20, ngram_range=(1, longest), token_pattern=WORD, **options)
+    return HashingVectorizer(n_features=2**18, ngram_range=(1, 3), analyzer="char", lowercase=False, **options)
 
 
-def count_ngrams(papers, fields, ngrams=(1, 2)):
-    """Count once, before any split. Returns a dict of sparse float32 matrices [papers, columns], as block_texts."""
-    return {block: new_counter(block, ngrams).transform(texts) for block, texts in block_texts(papers, fields).items()}
+def count_ngrams(papers, fields, longest=2):
+    """Returns a dict of sparse float32 matrices [papers, columns] by block, as block_texts."""
+    return {block: new_counter(block, longest).transform(texts) for block, texts in block_texts(papers, fields).items()}
 
 
-def choose_columns(train, settings):
-    """Select n-grams and weigh them, by the training rows alone. Returns (columns, transformer of counts of these)."""
-    papers_with = np.bincount(train.indices, minlength=train.shape[1])
-    keep = np.flatnonzero(papers_with >= min(2, papers_with.max(initial=0)))
-    if settings["max_features"] and len(keep) > settings["max_features"]:
-        keep = np.sort(keep[np.argsort(-papers_with[keep], kind="stable")[: settings["max_features"]]])
-    if not len(keep):  # no text at all: one column of zeros, the model then learns the share of the classes
-        keep = np.array([0])
-    tfidf = settings["features"] == "tfidf"
-    return keep, TfidfTransformer(sublinear_tf=tfidf, use_idf=tfidf).fit(train[:, keep])
+def name_columns(block, longest, texts, counts, columns):
+    """What the columns count, a list of str. Hashing forgets it, so a few papers with each column are read again; where
+    n-grams share a column, the one in most of these papers names it.
+    """
+    counter = new_counter(block, longest)
+    analyze = counter.build_analyzer()
+    hasher = FeatureHasher(counter.n_features, input_type="string")
+    papers_with = counts[:, columns].tocsc()
+    names = []
+    for place, column in enumerate(columns):
+        start, end = papers_with.indptr[place : place + 2]
+        seen = Counter()
+        for paper in papers_with.indices[start:end][:NAMING_PAPERS]:
+            ngrams = sorted(set(analyze(texts[paper])))
+            hashed = hasher.transform([ngram] for ngram in ngrams).indices
+            seen.update(ngrams[i] for i in np.flatnonzero(hashed == column))
+        names.append(seen.most_common(1)[0][0])
+    return names
 
 
-def new_model(name, strength, seed, papers):
-    """An unfitted classifier. `strength`: C of lr and svm, alpha of nb, least papers in a leaf of rf."""
+def pick_rows(counts, rows):
+    return {block: matrix[rows] for block, matrix in counts.items()}
+
+
+# ---- fit -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Columns:
+    """The columns of a block that a model reads, and how it weighs their counts."""
+
+    chosen: np.ndarray  # int [chosen]: columns of the counts
+    tfidf: TfidfTransformer  # of these columns
+    scale: np.ndarray  # float32 [chosen]: factor of each TF-IDF value
+
+    def weigh(self, counts):
+        values = self.tfidf.transform(counts[:, self.chosen])
+        values.data *= self.scale[values.indices]
+        return values
+
+
+@dataclass
+class Fitted:
+    blocks: dict  # {block: Columns}
+    model: object  # a classifier of scikit-learn
+
+    def features(self, counts):
+        return hstack([columns.weigh(counts[block]) for block, columns in self.blocks.items()], format="csr")
+
+    def predict(self, counts):
+        """P(label = 1): float array [papers]."""
+        return self.model.predict_proba(self.features(counts))[:, 1]
+
+    def column_weights(self):
+        """What each column adds to label 1: {block: float array [chosen]}; zeros for a forest, which has no weights."""
+        model = self.model
+        if isinstance(model, CalibratedClassifierCV):
+            model = model.calibrated_classifiers_[0].estimator
+        if isinstance(model, MultinomialNB):
+            weights = model.feature_log_prob_[1] - model.feature_log_prob_[0]
+        else:
+            weights = model.coef_[0] if hasattr(model, "coef_") else np.zeros(model.n_features_in_)
+        ends = np.cumsum([len(columns.chosen) for columns in self.blocks.values()])
+        parts = zip(self.blocks.items(), np.split(weights, ends))
+        return {block: part * columns.scale for (block, columns), part in parts}
+
+
+def class_ratio(values, labels):
+    """How much more one class uses a column than the other: |log ratio| of its shares, float32 array [columns]. With
+    values scaled by it, a linear model errs less (Wang and Manning 2012, "Baselines and bigrams").
+    """
+    use = [values.T @ (labels == label).astype(np.float32) + SMOOTHING for label in (0, 1)]
+    return np.abs(np.log(use[1] / use[1].sum()) - np.log(use[0] / use[0].sum())).astype(np.float32)
+
+
+def choose_columns(counts, labels, settings):
+    """Choose n-grams and weigh them, by these training papers alone. Returns Columns."""
+    papers_with = np.bincount(counts.indices, minlength=counts.shape[1])
+    chosen = np.flatnonzero(papers_with >= min(2, papers_with.max(initial=0)))
+    if settings["max_features"] and len(chosen) > settings["max_features"]:
+        chosen = np.sort(chosen[np.argsort(-papers_with[chosen], kind="stable")[: settings["max_features"]]])
+    if not papers_with.any():  # no text at all: one column of zeros, the model then learns the share of the classes
+        chosen = np.array([0])
+    counts = counts[:, chosen]
+    is_tfidf = settings["features"] == "tfidf"
+    tfidf = TfidfTransformer(sublinear_tf=is_tfidf, use_idf=is_tfidf).fit(counts)
+    scale = np.ones(len(chosen), dtype=np.float32)
+    if settings["model"] in ("lr", "svm"):
+        scale = class_ratio(tfidf.transform(counts), labels)
+    return Columns(chosen, tfidf, scale)
+
+
+def new_model(settings, smallest_class):
+    """An unfitted classifier. strength: C of lr and svm, alpha of nb, least papers in a leaf of rf."""
+    name, strength, seed = settings["model"], settings["strength"], settings["seed"]
     if name == "lr":
         return LogisticRegression(C=strength, solver="liblinear", dual=True, max_iter=1000, random_state=seed)
     if name == "nb":
         return MultinomialNB(alpha=strength)
     if name == "svm":
-        inner = min(5, papers)
-        return CalibratedClassifierCV(LinearSVC(C=strength, random_state=seed), cv=inner, ensemble=False)
-    return RandomForestClassifier(200, min_samples_leaf=strength, random_state=seed, n_jobs=-1)
+        svm = LinearSVC(C=strength, random_state=seed)
+        return CalibratedClassifierCV(svm, cv=min(5, smallest_class), ensemble=False)
+    return RandomForestClassifier(200, min_samples_leaf=int(strength), random_state=seed, n_jobs=-1)
 
 
-def column_weights(model, columns):
-    """What each column adds to label 1: float array [columns], zeros for a forest, which has no such weights."""
-    if isinstance(model, MultinomialNB):
-        return model.feature_log_prob_[1] - model.feature_log_prob_[0]
-    if isinstance(model, CalibratedClassifierCV):
-        model = model.calibrated_classifiers_[0].estimator
-    return model.coef_[0] if hasattr(model, "coef_") else np.zeros(columns)
-
-
-def fit(train, labels, settings):
-    """Fit on training counts (a dict of count_ngrams). Returns (predict, weights): predict(counts) gives P(label = 1)
-    of other papers, float array [papers]; weights: {block: (the columns in use, their weights)}.
-    """
-    parts = {}
-    for name in train:
-        weight = settings["author_weight"] if name == "author" and len(train) > 1 else 1  # author alone: any will do
+def fit(counts, labels, settings):
+    """Fit on training counts, a dict of count_ngrams. Returns a Fitted."""
+    blocks = {}
+    for block, matrix in counts.items():
+        weight = settings["author_weight"] if block == "author" and len(counts) > 1 else 1
         if weight:
-            parts[name] = (*choose_columns(train[name], settings), weight)
-
-    def matrix(counts):
-        blocks = [weigh.transform(counts[name][:, columns]) * by for name, (columns, weigh, by) in parts.items()]
-        return hstack(blocks, format="csr")
-
-    model = new_model(settings["model"], settings["strength"], settings["seed"], np.bincount(labels).min())
-    model.fit(matrix(train), labels)
-    sizes = [len(columns) for columns, _, _ in parts.values()]
-    weights = np.split(column_weights(model, sum(sizes)), np.cumsum(sizes))
-    used = {name: (part[0], values) for (name, part), values in zip(parts.items(), weights)}
-    return lambda counts: model.predict_proba(matrix(counts))[:, 1], used
+            blocks[block] = choose_columns(matrix, labels, settings)
+            blocks[block].scale *= weight
+    fitted = Fitted(blocks, new_model(settings, np.bincount(labels).min()))
+    fitted.model.fit(fitted.features(counts), labels)
+    return fitted
 
 
-def read_ngrams(block, ngrams, texts, counts, columns):
-    """What the columns count, a list of str: hashing forgets it, so it is read again from papers that have it."""
-    counter = new_counter(block, ngrams)
-    analyze, hasher = counter.build_analyzer(), FeatureHasher(counter.n_features, input_type="string")
-    having, found = counts[:, columns].tocsc(), []
-    for place, column in enumerate(columns):
-        papers = having.indices[having.indptr[place] : having.indptr[place + 1]][:20]
-        seen = Counter(ngram for paper in papers for ngram in dict.fromkeys(analyze(texts[paper])))
-        hashed = hasher.transform([ngram] for ngram in seen).indices
-        found.append(max((ngram for ngram, h in zip(seen, hashed) if h == column), key=seen.get))
-    return found
-
-
-def strongest_ngrams(papers, fields, ngrams, counts, weights, most=15):
-    """The n-grams that speak most for each label: {block: {"0" or "1": [[n-gram, weight], ...]}}. `counts`: of these
-    papers, from count_ngrams; `weights`: from fit.
+def strongest_ngrams(fitted, texts, counts, longest):
+    """The n-grams that speak most for each label: {block: {"0" or "1": [[n-gram, weight], ...]}}. `texts`, `counts`: of
+    the training papers.
     """
-    texts, found = block_texts(papers, fields), {}
-    for block, (columns, values) in weights.items():
+    found = {}
+    for block, weights in fitted.column_weights().items():
         found[block] = {}
-        for label, strength in (("0", -values), ("1", values)):
-            top = np.argsort(-strength, kind="stable")[:most]
-            top = top[strength[top] > 0]
-            names = read_ngrams(block, ngrams, texts[block], counts[block], columns[top])
-            found[block][label] = [[name, round(float(strength[i]), 4)] for name, i in zip(names, top)]
+        for label, towards in (("0", -weights), ("1", weights)):
+            top = np.argsort(-towards, kind="stable")[:STRONGEST]
+            top = top[towards[top] > 0]
+            names = name_columns(block, longest, texts[block], counts[block], fitted.blocks[block].chosen[top])
+            found[block][label] = [[name, round(float(weight), 4)] for name, weight in zip(names, towards[top])]
     return found
 
 
-def rows(blocks, mask):
-    return {name: block[mask] for name, block in blocks.items()}
+# ---- compare, out of fold --------------------------------------------------------------------------------------------
 
 
-def out_of_fold(blocks, labels, folds, settings):
+@dataclass
+class Candidate:
+    """A model scored out of fold."""
+
+    name: str  # as in the table
+    fields: list  # what it reads
+    settings: dict
+    probs: np.ndarray  # float [training papers]: P(label = 1), out of fold
+    scores: dict
+
+    def rank(self):
+        return self.scores["f1"], -self.scores["log_loss"]
+
+
+def out_of_fold(counts, labels, folds, settings):
     """P(label = 1) of every training paper, by a model that saw none of its fold. Returns float array [papers]."""
     probs = np.zeros(len(labels))
     for fold in range(folds.max() + 1):
         inside = folds != fold
-        predict, _ = fit(rows(blocks, inside), labels[inside], settings)
-        probs[~inside] = predict(rows(blocks, ~inside))
+        fitted = fit(pick_rows(counts, inside), labels[inside], settings)
+        probs[~inside] = fitted.predict(pick_rows(counts, ~inside))
     return probs
+
+
+def author_style(authors):
+    """'Lee, Ann; Chen, Bo' -> ';', 'Ann Lee,Bo Chen' -> ',', 'Ann Lee' -> 'name', '' -> 'none'."""
+    if ";" in authors or ", " in authors:
+        return ";"
+    if "," in authors:
+        return ","
+    return "name" if authors else "none"
 
 
 def author_rule(authors, labels, folds):
     """The rule 'how the authors are written' alone: the share of label 1 among the papers of the other folds that write
-    them the same way: 'Lee, Ann; Chen, Bo', 'Ann Lee,Bo Chen', one plain name, or none. Returns float array [papers].
+    them the same way. Returns float array [papers].
     """
-    ways = [";" if ";" in cell or ", " in cell else "," if "," in cell else cell and "name" for cell in authors]
-    ways = np.array(ways)
+    styles = np.array([author_style(cell) for cell in authors])
     probs = np.zeros(len(labels))
-    for way, fold in product(set(ways), range(folds.max() + 1)):
-        seen = labels[(ways == way) & (folds != fold)]
-        probs[(ways == way) & (folds == fold)] = (seen.sum() + 2 * labels.mean()) / (len(seen) + 2)
+    for style, fold in product(set(styles), range(folds.max() + 1)):
+        seen = labels[(styles == style) & (folds != fold)]
+        probs[(styles == style) & (folds == fold)] = (seen.sum() + 2 * labels.mean()) / (len(seen) + 2)
     return probs
 
 
-def spread(labels, probs, folds):
-    """Standard deviation of the accuracy over the folds."""
-    right = (probs >= 0.5) == labels
-    return np.std([right[folds == fold].mean() for fold in range(folds.max() + 1)], ddof=1)
+def reference_rows(train, labels, folds, fields):
+    """Rows of the table that need no model: a constant guess, and the author rule where there are authors."""
+    seen = f"{len(labels)} out of fold"
+    guess = np.array([labels[folds != fold].mean() for fold in folds])
+    table = [("constant guess", scores(labels, guess), seen)]
+    if "author" in fields:
+        rule = author_rule(train["author"], labels, folds)
+        table.append(("author rule", scores(labels, rule), f"{seen}, the way authors are written"))
+    return table
 
 
-def tune(blocks, labels, folds, settings):
+def tune(counts, labels, folds, settings):
     """Grid search by out-of-fold log-loss. Returns settings with the best values."""
-    weights = (0.5, 1, 2, 4) if len(blocks) > 1 else (settings["author_weight"],)
-    tried = []
+    weights = AUTHOR_WEIGHTS if len(counts) > 1 else (settings["author_weight"],)
+    best, lowest = None, np.inf
     for strength, weight in tqdm(list(product(GRID[settings["model"]], weights)), desc="tune"):
         trial = {**settings, "strength": strength, "author_weight": weight}
-        tried.append((scores(labels, out_of_fold(blocks, labels, folds, trial))["log_loss"], len(tried), trial))
-    log(f"--tune: strength {(best := min(tried)[2])['strength']}, author weight {best['author_weight']}")
+        loss = scores(labels, out_of_fold(counts, labels, folds, trial))["log_loss"]
+        if loss < lowest:
+            best, lowest = trial, loss
+    log(f"--tune: strength {best['strength']}, author weight {best['author_weight']}")
     return best
+
+
+def compare_models(counts, labels, folds, fields, args):
+    """Score each model out of fold, with and without the authors where there are both. Returns a list of Candidates."""
+    names = list(MODELS) if args.model == "all" else [args.model]
+    words = [name for name in fields if name != "author"]
+    found = []
+    for name in tqdm(names, desc="models", disable=len(names) == 1):
+        settings = {
+            "features": args.features,
+            "model": name,
+            "strength": args.strength or STRENGTH[name],
+            "author_weight": AUTHOR_WEIGHT if args.author_weight is None else args.author_weight,
+            "max_features": args.max_features,
+            "seed": args.seed,
+        }
+        if args.tune:
+            settings = tune(counts, labels, folds, settings)
+        trials = [(MODELS[name], fields, settings)]
+        if len(counts) > 1:
+            trials.append((f"{MODELS[name]}, no author", words, {**settings, "author_weight": 0}))
+        for title, read, trial in trials:
+            probs = out_of_fold(counts, labels, folds, trial)
+            found.append(Candidate(title, read, trial, probs, scores(labels, probs)))
+    return found
+
+
+def candidate_row(candidate, labels, folds):
+    """A row of the table; ± is the standard deviation of the accuracy over the folds."""
+    right = (candidate.probs >= 0.5) == labels
+    spread = np.std([right[folds == fold].mean() for fold in range(folds.max() + 1)], ddof=1)
+    note = f"{len(labels)} out of fold, {' '.join(candidate.fields)}, accuracy ± {spread:.4f}"
+    return candidate.name, candidate.scores, note
+
+
+def describe_choice(best, candidates):
+    """Which predictions are written, and why: a shared F1 is not called the highest."""
+    same = [other.name for other in candidates if other.scores["f1"] == best.scores["f1"]]
+    if len(same) == 1:
+        return f"the predictions written are those of: {best.name} (the highest F1)"
+    return f"the predictions written are those of: {best.name} (the lowest log-loss of {few(same, 8)}, equal in F1)"
+
+
+# ---- main ------------------------------------------------------------------------------------------------------------
 
 
 def parse_args():
     parser = common.arg_parser(__doc__)
-    group = parser.add_argument_group("model")
-    group.add_argument("--features", choices=("tfidf", "bow"), default="tfidf", help="default %(default)s")
-    group.add_argument("--model", choices=(*MODELS, "all"), default="lr", help="default %(default)s: " + str(MODELS))
-    group.add_argument("--ngrams", type=whole, default=2, metavar="N", help="runs of up to N words, default 2")
-    group.add_argument("--max-features", type=whole, metavar="N", help="the N n-grams in most papers only, default all")
-    group.add_argument("--author-weight", type=float, metavar="W", help="default 2, or 0 if that does better")
-    group.add_argument("--strength", type=float, help="C of lr and svm, alpha of nb, least leaf of rf")
-    group.add_argument("--folds", type=whole, default=5, metavar="K", help="default %(default)s")
-    group.add_argument("--tune", action="store_true", help="grid search over strength and author weight")
+    add = parser.add_argument_group("model").add_argument
+    add("--features", choices=("tfidf", "bow"), default="tfidf", help="default %(default)s")
+    add("--model", choices=(*MODELS, "all"), default="lr", help="default %(default)s: " + str(MODELS))
+    add("--ngrams", type=positive_int, default=2, metavar="N", help="runs of up to N words, default 2")
+    add("--max-features", type=positive_int, metavar="N", help="only the N n-grams in most papers, default all")
+    add("--author-weight", type=bounded(float, 0, 1e6), metavar="W", help="default 2, or 0 if that does better")
+    add("--strength", type=bounded(float, 1e-6, 1e6), help="C of lr and svm, alpha of nb, least papers in a leaf of rf")
+    add("--folds", type=bounded(int, 2, 1000), default=5, metavar="K", help="default %(default)s")
+    add("--tune", action="store_true", help="grid search over strength and author weight")
     args = parser.parse_args()
-    if args.folds < 2:
-        parser.error("--folds must be at least 2")
-    if (args.author_weight or 0) < 0 or (args.strength is not None and args.strength <= 0):
-        parser.error("--author-weight can't be below 0, --strength must be above 0")
     if args.strength is not None and (args.model == "all" or args.tune):
         parser.error("--strength goes with one --model and without --tune")
+    if args.strength is not None and args.model == "rf" and args.strength % 1:
+        parser.error(f"--strength {args.strength}: of a forest it is a whole number of papers")
     return args
+
+
+def check_svm(labels, folds, args):
+    """The SVM's probabilities come from folds of their own. Raises InputError if a fold has too few papers for that."""
+    least = min(np.bincount(labels[folds != fold], minlength=2).min() for fold in range(folds.max() + 1))
+    if args.model in ("svm", "all") and least < 2:
+        raise InputError(f"--model {args.model} with --folds {args.folds}: an SVM needs 2 papers of each class beside "
+                         f"every fold, there is {least}; give another --model, more --folds or more papers")
+
+
+def predict_test(fitted, test, fields, longest):
+    """P(label = 1) of the test papers, a block at a time: float array [papers]."""
+    parts = [test[start : start + BLOCK] for start in range(0, len(test), BLOCK)]
+    return np.concatenate([fitted.predict(count_ngrams(part, fields, longest)) for part in parts])
 
 
 def compare_and_predict(args, folder):
@@ -217,69 +365,46 @@ def compare_and_predict(args, folder):
     train, test, fields = common.load_papers(args)
     labels = train["label"].to_numpy()
     folds = common.fold_numbers(train, args.folds, args.seed)
-    ngrams = (1, args.ngrams)
-    blocks = count_ngrams(train, fields, ngrams)
+    check_svm(labels, folds, args)
+    counts = count_ngrams(train, fields, args.ngrams)
 
-    names = list(MODELS) if args.model == "all" else [args.model]
-    seen = f"{len(train)} out of fold"
-    guess = np.array([labels[folds != fold].mean() for fold in folds])
-    table = [("constant guess", scores(labels, guess), seen)]
-    if "author" in fields:
-        rule = author_rule(train["author"], labels, folds)
-        table.append(("author rule", scores(labels, rule), f"{seen}, the way authors are written"))
-    author_free, results = None, []
-    for name in tqdm(names, desc="models", disable=len(names) == 1):
-        settings = {"features": args.features, "model": name, "strength": args.strength or STRENGTH[name]}
-        settings |= {"author_weight": AUTHOR_WEIGHT if args.author_weight is None else args.author_weight}
-        settings |= {"max_features": args.max_features, "seed": args.seed}
-        if args.tune:
-            settings = tune(blocks, labels, folds, settings)
-        trials = [(MODELS[name], fields, settings)]
-        if len(blocks) > 1:
-            words = [field for field in fields if field != "author"]
-            trials.append((f"{MODELS[name]}, no author", words, {**settings, "author_weight": 0}))
-        for title, read, trial in trials:
-            probs = out_of_fold(blocks, labels, folds, trial)
-            values = scores(labels, probs)
-            table.append((title, values, f"{seen}, {' '.join(read)}, accuracy ± {spread(labels, probs, folds):.4f}"))
-            if "author" not in read and (author_free is None or values["f1"] > author_free["f1"]):
-                author_free = values
-            if args.author_weight in (None, trial["author_weight"]):
-                results.append((values, title, read, trial, probs))
-    values, title, read, settings, probs = max(results, key=lambda r: (r[0]["f1"], -r[0]["log_loss"]))
+    candidates = compare_models(counts, labels, folds, fields, args)
+    allowed = [one for one in candidates if args.author_weight in (None, one.settings["author_weight"])]
+    author_free = [one for one in candidates if "author" not in one.fields]
+    best = max(allowed, key=Candidate.rank)
+    table = reference_rows(train, labels, folds, fields)
+    table += [candidate_row(one, labels, folds) for one in candidates]
 
     fit_started = time.perf_counter()
-    predict, weights = fit(blocks, labels, settings)
+    fitted = fit(counts, labels, best.settings)
     test_started = time.perf_counter()
-    parts = [test[start : start + BLOCK] for start in range(0, len(test), BLOCK)]
-    test_probs = np.concatenate([predict(count_ngrams(part, fields, ngrams)) for part in parts])
+    test_probs = predict_test(fitted, test, fields, args.ngrams)
     ended = time.perf_counter()
+
     metrics = {
-        "scores": values,
-        "author_free_scores": author_free,
-        "papers": common.paper_record(train, test, len(train)),
-        "fields": read,
-        "settings": {**settings, "ngrams": args.ngrams, "folds": args.folds},
-        "train_seconds": round(time.perf_counter() - started, 2),
+        "scores": best.scores,
+        "author_free_scores": max(author_free, key=Candidate.rank).scores if author_free else None,
+        "papers": results.paper_record(train, test, len(train)),
+        "fields": best.fields,
+        "settings": {**best.settings, "ngrams": args.ngrams, "folds": args.folds},
+        "train_seconds": round(ended - started, 2),
         "train_papers_per_second": round(len(train) / (test_started - fit_started), 1),
         "predict_papers_per_second": round(len(test) / (ended - test_started), 1),
-        "peak_memory_mb": common.peak_memory_mb(),
-        "versions": common.package_versions(),
-        "device": "cpu",
+        **results.environment(),
         "table": table,
-        "strongest": strongest_ngrams(train, fields, ngrams, blocks, weights),
+        "strongest": strongest_ngrams(fitted, block_texts(train, fields), counts, args.ngrams),
     }
-    common.write_submission(folder / "submit_task1.csv", test, test_probs >= 0.5, args.out_dir)
-    common.save_results(folder, test, test_probs, metrics, train, probs)
-    print(common.score_table(table))
-    if len(results) > 1:
-        print(f"the predictions written are those of: {title} (the highest F1)")
+    results.save_results(folder, metrics, test, test_probs, train, best.probs)
+    print(results.score_table(table))
+    if len(allowed) > 1:
+        print(describe_choice(best, allowed))
+    results.write_submission(folder / "submit_task1.csv", test, test_probs >= 0.5, args.out_dir)
 
 
 def main():
     args = parse_args()
     folder = args.out_dir / "baseline"
-    with common.locked(folder):
+    with results.locked(folder):
         compare_and_predict(args, folder)
 
 

@@ -18,13 +18,13 @@ from pathlib import Path
 
 import sentencepiece
 import torch
+from models import check_folder
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from tqdm import tqdm
 from transformers import GenerationConfig, GlmConfig, GlmForCausalLM, PreTrainedTokenizerFast
 
 from common import InputError, Parser, log, replacing, run_script, some, write_json
-from models import check_folder
 
 # Config keys that change the maths: the value that GlmForCausalLM computes, and the published default.
 FLAGS = {

@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 from filelock import FileLock, Timeout
 
-from common import LABELS, InputError, few, fingerprint, log, read_rows
+from common import InputError, clean, few, fingerprint, log, read_label, read_rows
 
 METRICS = ("accuracy", "precision", "recall", "f1", "auc", "log_loss")
 RERUN = "run the script that writes it again"
@@ -114,8 +114,8 @@ def write_json(path, value):
 
 
 def read_json(path, **types):
-    """The content of a JSON file, {} if there is no file. Raises InputError if it is damaged or, with `types`, unless it
-    is an object with these names and types: read_json(path, model=str, fields=list).
+    """The content of a JSON file, {} if there is no file. Raises InputError if it is damaged or, with `types`, unless
+    it is an object with these names and types: read_json(path, model=str, fields=list).
     """
     path = Path(path)
     if not path.is_file():
@@ -182,13 +182,14 @@ def describe_changes(old, new):
 
 
 def record_of_test(test):
-    """What metrics.json says about the test papers: their number and a fingerprint, by which blend.py recognises them."""
+    """What metrics.json says about the test papers: their number and a fingerprint, by which blend.py knows them."""
     return {"test": len(test), "test_fingerprint": fingerprint(test)}
 
 
 def paper_record(train, test, held_out):
     """What metrics.json says about all papers. `held_out`: how many of train were held out."""
-    return {"train": len(train), "held_out": int(held_out), "train_fingerprint": fingerprint(train), **record_of_test(test)}
+    counts = {"train": len(train), "held_out": int(held_out), "train_fingerprint": fingerprint(train)}
+    return counts | record_of_test(test)
 
 
 def peak_memory_mb():
@@ -203,9 +204,8 @@ def peak_memory_mb():
 
 def environment(device="cpu", peak_memory=None):
     """What metrics.json says about where a model ran: memory in MiB, versions of the packages in use, device."""
-    packages = {"sklearn": "scikit-learn"} | {name: name for name in ("numpy", "pandas", "torch", "transformers", "peft",
-                                                                      "accelerate")}
-    used = {package: version(package) for module, package in packages.items() if module in sys.modules}
+    packages = ("numpy", "pandas", "scikit-learn", "torch", "transformers", "peft", "accelerate")
+    used = {name: version(name) for name in packages if name.replace("scikit-learn", "sklearn") in sys.modules}
     return {
         "peak_memory_mb": peak_memory_mb() if peak_memory is None else peak_memory,
         "versions": {"python": sys.version.split()[0], **used},
@@ -223,8 +223,8 @@ def write_probs(path, papers, probs, labelled=False):
 
 
 def save_results(folder, metrics, test, test_probs, held_out=None, valid_probs=None):
-    """Write test.csv, metrics.json and, with the frame of the held-out papers, valid.csv: all of them or none. A run that
-    is killed here leaves the old results, the new ones, or a folder without test.csv, which is not a finished model.
+    """Write test.csv, metrics.json and, with the frame of the held-out papers, valid.csv: all of them or none. A run
+    that is killed here leaves the old results, the new ones, or a folder without test.csv: not a finished model.
     """
     folder = Path(folder)
     with ExitStack() as stack:  # left in reverse order: metrics.json is put in place last
@@ -248,7 +248,7 @@ def read_predictions(path):
     cells = dict(zip(header, zip(*rows))) if rows else dict.fromkeys(header, ())
     columns, wrong = {"uuid": list(cells["uuid"])}, {}
     if "label" in cells:
-        columns["label"] = [LABELS.get(cell.strip()) for cell in cells["label"]]
+        columns["label"] = [read_label(cell) for cell in cells["label"]]
         wrong["label is neither 0 nor 1"] = [label is None for label in columns["label"]]
     columns["prob"] = pd.to_numeric(pd.Series(cells["prob"], dtype=str), errors="coerce").astype(float)
     wrong["prob is not a number from 0 to 1"] = ~columns["prob"].between(0, 1)
@@ -269,19 +269,20 @@ def read_labels(test_path, test):
     names = [name.strip().casefold() for name in header]
     if "uuid" not in names or "label" not in names:
         raise InputError(f"{path}: no column uuid or label; fix it or move it away")
-    labels = {row[names.index("uuid")]: LABELS.get(row[names.index("label")].strip()) for row in rows}
-    if any(labels.get(uuid) is None for uuid in test["uuid"]):
+    labels = {clean(row[names.index("uuid")]): read_label(row[names.index("label")]) for row in rows}
+    found = [labels.get(clean(uuid)) for uuid in test["uuid"]]
+    if None in found:
         log(f"{path} does not label all test papers: no test scores")
         return None
-    return np.array([labels[uuid] for uuid in test["uuid"]])
+    return np.array(found)
 
 
 # ---- submission ------------------------------------------------------------------------------------------------------
 
 
 def read_keywords(folder, test):
-    """{uuid: keywords} as a Series in the order of `test`, from extract_keywords.py's folder; None if it is not there or
-    about other papers.
+    """{uuid: keywords} as a Series in the order of `test`, from extract_keywords.py's folder; None if it is not there
+    or about other papers.
     """
     path = Path(folder) / "test.csv"
     if not path.is_file():
@@ -306,6 +307,9 @@ def write_submission(path, test, labels, out_dir):
     labels = np.asarray(labels).astype(int)
     if labels.shape != (len(test),) or not np.isin(labels, (0, 1)).all():
         raise ValueError(f"{path}: want {len(test)} labels of 0 or 1")
+    common_label = int(labels.mean() >= 0.5)
+    if len(test) >= 20 and (labels == common_label).mean() > 0.98:
+        log(f"warning: (nearly) all test papers get label {common_label}: do their texts look like those of train.csv?")
     source, keywords = "the titles", test["title"]
     if "Keywords" in test:
         source, keywords = "the test file", test["Keywords"]
