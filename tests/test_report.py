@@ -12,7 +12,7 @@ import common
 from lib import plots, report
 from lib.results import paper_record, save_results, scores, write_json
 
-HOSTILE = "<script>alert(1)</script> | `x` $y^2$ [a](http://b) \"q\" & 'r' 论文 <b>"
+HOSTILE = "<script>alert(1)</script> | `x` $y^2$ [a](http://b) \"q\" & 'r' 论文 <b"
 LOG = "epoch,train_loss,accuracy,f1,auc,log_loss\n1,0.7,0.5,0.4,,0.7\n2,0.4,0.9,0.9,0.95,0.3\n"
 
 
@@ -171,8 +171,9 @@ def test_keywords_and_board_only_of_these_papers(kit, read_page, tmp_path, model
 
 
 def test_no_board_estimate_if_the_test_file_gives_the_keywords(read_page, tmp_path, model, papers, write_csv):
-    train, test = papers[0], papers[1].assign(Keywords="a. b.")
+    train, test = papers[0], papers[1].assign(Keywords=papers[1]["title"] + ". cells")
     path = write_csv("test.csv", [test.columns, *test.to_numpy()])
+    test = common.read_papers(path)
     model("bert", 0, papers=(train, test))
     record = {"scores": {"recall_case_at_40": 0.25}, "fields": [], "papers": paper_record(train, test, 77)}
     write_json(tmp_path / "outputs" / "keywords" / "metrics.json", record)
