@@ -7,7 +7,8 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-from common import InputError, read_json, some
+from common import InputError, few
+from lib.results import read_json
 
 
 def package_folder(package, inside=""):
@@ -31,7 +32,7 @@ def check_folder(folder):
     for index in folder.glob("*.index.json"):
         names = read_json(index, weight_map=dict)["weight_map"].values()
         if wrong := [name for name in dict.fromkeys(map(str, names)) if Path(name).name != name]:
-            raise InputError(f"{index} names files that are not beside it: {some(wrong)}; download it again")
+            raise InputError(f"{index} names files that are not beside it: {few(wrong)}; download it again")
 
 
 @cache

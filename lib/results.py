@@ -110,7 +110,7 @@ def write_json(path, value):
         part.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
-def read_json(path, **types):
+def read_json(path, remedy=RERUN, **types):
     """The content of a JSON file, {} if there is no file. Raises InputError if it is damaged or, with `types`, unless it
     is an object with these names and types: read_json(path, model=str, fields=list).
     """
@@ -120,11 +120,11 @@ def read_json(path, **types):
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is damaged ({error}): {RERUN}") from None
+        raise InputError(f"{path} is damaged ({error}): {remedy}") from None
     if types and not isinstance(value, dict):
-        raise InputError(f"{path} is damaged (it is not an object): {RERUN}")
+        raise InputError(f"{path} is damaged (it is not an object): {remedy}")
     if wrong := [name for name, kind in types.items() if not isinstance(value.get(name), kind)]:
-        raise InputError(f"{path} is damaged ({few(wrong)}): {RERUN}")
+        raise InputError(f"{path} is damaged ({few(wrong)}): {remedy}")
     return value
 
 
