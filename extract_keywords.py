@@ -18,9 +18,10 @@ from pathlib import Path
 import numpy as np
 
 import common
-from common import InputError, log, run_script, whole
-from phrases import split_keywords, stem
-from ranker import build_corpus, entries, learn_and_rate, rank
+from common import InputError, log, positive_int, run_script
+from lib.phrases import split_keywords, stem
+from lib.ranker import build_corpus, entries, learn_and_rate, rank
+from lib.results import environment, locked, paper_record, write_csv, write_json
 
 MOST = 30  # keywords a paper, the challenge's limit
 PARTITIONS = 4  # into folds, over which ratings are averaged
@@ -140,9 +141,8 @@ def read_both(args):
 def parse_args():
     parser = common.arg_parser(__doc__, split=False)
     group = parser.add_argument_group("keywords")
-    group.add_argument("--method", choices=("rank",), default="rank", help="the only one, default")
-    group.add_argument("--top", type=whole, metavar="K", help=f"K keywords a paper, at most {MOST}; default: as rated")
-    group.add_argument("--folds", type=whole, default=5, metavar="K", help="default %(default)s")
+    group.add_argument("--top", type=positive_int, metavar="K", help=f"K a paper, at most {MOST}; default: as rated")
+    group.add_argument("--folds", type=positive_int, default=5, metavar="K", help="default %(default)s")
     group.add_argument(
         "--submit", type=Path, default=Path("submit_task2.csv"), metavar="FILE", help="default %(default)s"
     )
@@ -178,18 +178,16 @@ def extract(args, folder):
     columns = {"uuid": test["uuid"].tolist(), "Keywords": cells}
     metrics = {
         "scores": values,
-        "papers": common.paper_record(train, test, len(labelled)),
+        "papers": paper_record(train, test, len(labelled)),
         "fields": ["title", "abstract"],
-        "settings": {n: getattr(args, n) for n in ("method", "top", "folds", "seed")} | {"threshold": threshold},
+        "settings": {n: getattr(args, n) for n in ("top", "folds", "seed")} | {"threshold": threshold},
         "seconds": round(seconds, 2),
         "papers_per_second": round((len(train) + len(test)) / seconds, 1),
-        "peak_memory_mb": common.peak_memory_mb(),
-        "versions": common.package_versions(),
-        "device": "cpu",
+        **environment(),
     }
-    common.write_csv(folder / "test.csv", columns)
-    common.write_json(folder / "metrics.json", metrics)
-    common.write_csv(args.submit, columns)
+    write_csv(folder / "test.csv", columns)
+    write_json(folder / "metrics.json", metrics)
+    write_csv(args.submit, columns)
     log(f"wrote {args.submit}: {len(test)} papers, {sum(c.count(';') + 1 for c in cells)} keywords")
     print("  ".join(f"{name} {value:.4f}" for name, value in values.items()))
     print(f"{len(labelled)} papers out of fold, {' '.join(metrics['fields'])}; threshold {threshold}, {seconds:.1f} s")
@@ -198,7 +196,7 @@ def extract(args, folder):
 def main():
     args = parse_args()
     folder = args.out_dir / "keywords"
-    with common.locked(folder):
+    with locked(folder):
         extract(args, folder)
 
 

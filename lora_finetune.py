@@ -6,44 +6,72 @@
     python lora_finetune.py --resume                           go on after a kill
     accelerate launch lora_finetune.py                         on every GPU of the machine
 
-In: outputs/paper_label.json, paper_label_valid.json, train.csv, test.csv. Out, under outputs/lora/ (--name): best/ (the
-adapter in peft's form, with kit.json: base model, prompt, fields, answers, settings), log.csv, training.json (how long
-it took), last.safetensors (to resume from). lora_predict.py makes the predictions.
+In: outputs/paper_label.json, paper_label_valid.json, paper_label_source.json, train.csv. Out, under outputs/lora/
+(--name): best/ (the adapter in peft's form, with kit.json: base model, prompt, instruction, fields, split, settings),
+log.csv, training.json (how long it took), last.safetensors (to resume from). With --folds or --seeds: fold1/ ...,
+seed42/ ... lora_predict.py makes the predictions.
 """
 
 import argparse
+import hashlib
+import json
 from pathlib import Path
 
+import numpy as np
 import torch
 from peft import LoraConfig, PrefixTuningConfig, TaskType, get_peft_model
-from safetensors import safe_open
 
-import common
-import llm
-import training
-from common import InputError, log, replacing, run_script, whole, write_json
+from common import (
+    InputError,
+    arg_parser,
+    check_classes,
+    few,
+    fingerprint,
+    log,
+    number,
+    positive_int,
+    read_papers,
+    run_script,
+    take_recorded,
+)
+from lib import llm, results, training
+
+SHAPING = ("method", "rank", "alpha", "dropout", "target_modules", "virtual_tokens", "max_length", *training.SHAPING)
 
 
-def read_items(path, source):
-    """(training items, held-out items) from paper_label.json and its kin. Raises InputError where there are none, or
-    where they were made from other papers or settings than `source` says.
+def read_items(path):
+    """(training items, held-out items, record) from paper_label.json and the files beside it. Raises InputError if one
+    is missing or is not what make_llm_data.py writes.
     """
-    files = [path, path.with_name(f"{path.stem}_valid.json"), path.with_name(f"{path.stem}_source.json")]
+    files = [path, *(path.with_name(f"{path.stem}_{part}.json") for part in ("valid", "source"))]
     if missing := [file for file in files if not file.is_file()]:
-        raise InputError(f"{missing[0]}: no such file; run make_llm_data.py first, with the same flags")
-    train, held_out, made_of = *map(common.read_json, files[:2]), common.read_json(files[2], fields=list)
-    if changed := common.differences(made_of, source):
-        raise InputError(f"{path} is not of these papers and flags ({changed}): run make_llm_data.py again")
-    for file, items in zip(files, (train, held_out)):
+        raise InputError(f"{missing[0]}: no such file; run make_llm_data.py first")
+    for file in files[:2]:
+        items = results.read_json(file)
         good = isinstance(items, list) and items and all(isinstance(item, dict) for item in items)
         if not good or any({"instruction", "input", "output"} - item.keys() or not item["output"] for item in items):
             raise InputError(f"{file}: want a list of instruction, input and output: run make_llm_data.py again")
-    return train, held_out
+    train, held_out = map(results.read_json, files[:2])
+    instructions = {item["instruction"] for item in train + held_out}
+    if len(instructions) > 1:
+        raise InputError(f"{path} has {len(instructions)} different instructions ({few(instructions, 2)}): use one, in "
+                         f"{files[1].name}, too")  # fmt: skip
+    return train, held_out, results.read_json(files[2], fields=list, seed=int, valid_ratio=float, train=str)
 
 
-def add_adapter(model, args):
+def read_train(args, record, path):
+    """The training papers that the instruction data was made from. Raises InputError if they have changed since."""
+    train = read_papers(args.train, labelled=True)
+    train = train.head(record.get("limit") or len(train))
+    check_classes(train["label"], 1, args.train)
+    if fingerprint(train) != record["train"]:
+        raise InputError(f"{path} was made from other papers than {args.train}: run make_llm_data.py again")
+    return train
+
+
+def add_adapter(model, args, seed):
     """The model with a new adapter around it, trainable weights in fp32, drawn from the seed."""
-    torch.manual_seed(args.seed)
+    torch.manual_seed(seed)
     if args.method == "lora":
         targets = args.target_modules or "all-linear"
         config = LoraConfig(
@@ -55,44 +83,45 @@ def add_adapter(model, args):
     try:
         model = get_peft_model(model, config)
     except ValueError as error:
-        named = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+        named = [name for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)]
         kinds = sorted({name.rpartition(".")[2] for name in named})
-        raise InputError(
-            f"--target-modules: {str(error).splitlines()[0]} linear layers: {common.some(kinds, 20)}"
-        ) from None
+        raise InputError(f"--target-modules: {str(error).splitlines()[0]} linear layers: {few(kinds, 20)}") from None
     if args.gradient_checkpointing and args.method == "lora":  # prefixes come as a cache, which it would throw away
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
 
 
-def default_lr(args, model):
+def default_lr(method, model):
     """The highest learning rate that suits method and size."""
-    lr = {"lora": 2e-4, "p-tuning-v2": 5e-3}[args.method]
-    return lr * 15 if model.config.hidden_size < 1024 else lr
+    lr = {"lora": 2e-4, "p-tuning-v2": 5e-3}[method]
+    return lr * 15 if model.config.get_text_config().hidden_size < 1024 else lr
 
 
-def check_saved(folder):
-    """Raise InputError where the saved adapter holds no or only empty B matrices."""
-    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
-        found = [file.get_tensor(name) for name in file.keys() if "lora_B" in name or "prompt_embeddings" in name]
-    if not any(weight.any() for weight in found):
-        raise InputError(f"{folder}: the saved adapter changes nothing: train it with more --epochs or a higher --lr")
+class Task(llm.Task):
+    def __init__(self, accelerator, prompts, kit):
+        super().__init__(accelerator, prompts)
+        self.kit = kit
+
+    def save(self, scorer, folder):
+        llm.check_matrices(scorer)
+        scorer.model.save_pretrained(folder, save_embedding_layers=False)  # True would ask the hub each time
+        results.write_json(folder / "kit.json", self.kit)
 
 
 def parse_args():
-    parser = common.arg_parser(__doc__)
+    parser = arg_parser(__doc__, recorded="make_llm_data.py")
     add = parser.add_argument_group("model and adapter").add_argument
     add("--model", default="auto", metavar="M", help=f"hub name, directory, 'embedded' (SmolLM2-135M), or 'auto': "
         f"{llm.AUTO} with CUDA, embedded without")  # fmt: skip
-    add("--data", metavar="FILE", help="default: paper_label.json under --out-dir")
+    add("--data", type=Path, metavar="FILE", help="default: paper_label.json under --out-dir")
     add("--name", default="lora", help="folder under --out-dir, default %(default)s")
     add("--method", choices=("lora", "p-tuning-v2"), default="lora", help="default %(default)s")
-    add("--rank", type=whole, default=8, metavar="R", help="of LoRA, default %(default)s")
-    add("--alpha", type=whole, metavar="A", help="of LoRA, default twice the rank")
-    add("--dropout", type=float, default=0.0, metavar="R", help="before LoRA's A, default %(default)s")
+    add("--rank", type=positive_int, default=8, metavar="R", help="of LoRA, default %(default)s")
+    add("--alpha", type=positive_int, metavar="A", help="of LoRA, default twice the rank")
+    add("--dropout", type=number(float, 0, 0.9), default=0.0, metavar="R", help="before LoRA's A, default %(default)s")
     add("--target-modules", nargs="+", metavar="NAME", help="layers that get LoRA, default every linear one")
-    add("--virtual-tokens", type=whole, default=32, metavar="N", help="of P-tuning v2, default %(default)s")
-    add("--max-length", type=whole, metavar="N", help="tokens a paper, default 512; of the embedded model 160")
+    add("--virtual-tokens", type=positive_int, default=32, metavar="N", help="of P-tuning v2, default %(default)s")
+    add("--max-length", type=positive_int, metavar="N", help="tokens a paper, default 512; of the embedded model 160")
     add("--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(),
         help="a third slower, a fraction of the memory; default: with CUDA")  # fmt: skip
     training.add_training_flags(parser, epochs=2, batch_size=4, patience=2, at_once=2)
@@ -100,65 +129,85 @@ def parse_args():
 
 
 @training.resumable()
-def train_adapter(accelerator, args, folder):
-    """Train on paper_label.json, and leave adapter and record in folder."""
-    train, _, fields = common.load_papers(args)
-    source = common.split_record(args, train, fields)
-    path = Path(args.data or args.out_dir / "paper_label.json")
-    items, valid_items = read_items(path, source)
+def train_adapters(accelerator, args, folder):
+    """Train on paper_label.json, and leave adapters and records in folder."""
+    path = args.data or args.out_dir / "paper_label.json"
+    items, valid_items, record = read_items(path)
+    take_recorded(args, record, path)
+    train = read_train(args, record, path)
+    split = {"seed": record["seed"], "valid_ratio": record["valid_ratio"], "folds": args.folds, "seeds": args.seeds}
+    plans = training.make_plans(train, split, args.seed)
 
-    name = llm.find_model(args.model)
-    model, tokenizer = llm.load_llm(name, accelerator)
-    args.lr = args.lr or default_lr(args, model)
-    args.max_length = args.max_length or llm.default_length(name)
-    papers, held_out = (llm.encode_items(tokenizer, part, args.max_length) for part in (items, valid_items))
-    scorer = llm.Scorer(add_adapter(model, args), tokenizer)
-    shaping = ("method", "rank", "alpha", "dropout", "target_modules", "virtual_tokens", "max_length", "epochs")
-    shaping += ("batch_size", "lr", "warmup", "weight_decay", "patience", "seed", "valid_ratio")
-    settings = {key: getattr(args, key) for key in shaping} | {"precision": accelerator.mixed_precision}
+    args.model = llm.find_model(args.model)
+    model, tokenizer = llm.load_llm(args.model, accelerator)
+    args.lr = args.lr or default_lr(args.method, model)
+    virtual = args.virtual_tokens if args.method == "p-tuning-v2" else 0
+    args.max_length = llm.fit_length(model, args.max_length or llm.default_length(args.model), virtual)
+    papers = np.empty(len(train), dtype=object)  # in the order of train
+    held_out = training.make_plans(train, split | {"folds": None, "seeds": None}, args.seed)[0].held_out
+    papers[~held_out] = llm.encode_items(tokenizer, items, args.max_length)
+    papers[held_out] = llm.encode_items(tokenizer, valid_items, args.max_length)
+    settings = {name: getattr(args, name) for name in SHAPING} | {"precision": accelerator.mixed_precision}
     kit = {
-        "model": name,
+        "model": args.model,
         "prompt": llm.prompt_form(tokenizer),
         "instruction": items[0]["instruction"],
-        "fields": fields,
+        "fields": args.fields,
         "answers": llm.encode_answers(tokenizer),
         "settings": settings,
-        "train": source["train"],
+        "split": split | {"limit": record.get("limit"), "train": record["train"]},
+        "items": hashlib.sha256(json.dumps([items, valid_items]).encode()).hexdigest()[:16],
     }
-
-    def save_best(scorer):
-        with replacing(folder / "best") as part:
-            scorer.model.save_pretrained(part)
-            write_json(part / "kit.json", kit)
-            check_saved(part)
-
-    def losses(scorer, papers):
-        return scorer(papers)
-
-    record = settings | {"model": name, "fields": fields, "items": common.digest([items, valid_items])}
-    probs = llm.make_probs(held_out)
-    done = training.fit(
-        accelerator, scorer, papers, held_out, losses, probs, save_best, folder, args, record, shape="cosine"
-    )
-    llm.check_adapter(scorer.to(accelerator.device), held_out)
+    model = add_adapter(model, args, plans[0].seed)  # what can't be trained is refused before anything is cleared
     if accelerator.is_main_process:
-        summary = {
-            "train_seconds": round(done["seconds"], 2),
-            "train_papers_per_second": round(done["papers"] / done["seconds"], 3),
-            "train_peak_memory_mb": training.peak_memory_mb(accelerator),
-            "epochs_run": len(done["history"]),
-            "trained_on": training.describe(accelerator),
-        }
-        write_json(folder / "training.json", summary)
-        log(f"wrote {folder / 'best'}; next: lora_predict.py")
+        training.begin(folder, [folder / plan.name for plan in plans], args.resume)
+    accelerator.wait_for_everyone()
+    runs = []
+    for plan in plans:
+        if len(plans) > 1:
+            log(f"model {len(runs) + 1} of {len(plans)}: {plan.name}")
+        if model is None:
+            model = add_adapter(llm.load_llm(args.model, accelerator)[0], args, plan.seed)
+        runs.append(train_one(accelerator, args, plan, folder / plan.name, kit, model, tokenizer, papers))
+        model = None
+    if accelerator.is_main_process:
+        write_summary(accelerator, folder, plans, runs)
+
+
+def train_one(accelerator, args, plan, folder, kit, model, tokenizer, papers):
+    """Train the adapter of a peft model and leave it in folder/best. Returns what training.fit returns."""
+    inside, outside = list(papers[~plan.held_out]), list(papers[plan.held_out])
+    scorer = llm.Scorer(model, tokenizer)
+    task = Task(accelerator, outside, kit | {"seed": plan.seed})
+    own_args = argparse.Namespace(**vars(args) | {"seed": plan.seed})
+    record = {**kit["settings"], **{key: kit[key] for key in ("model", "fields", "items", "split")}, "seed": plan.seed}
+    done = training.fit(accelerator, scorer, task, inside, outside, folder, own_args, record, shape="cosine")
+    llm.check_adapter(scorer.to(accelerator.device), outside)
+    accelerator.free_memory()
+    return done
+
+
+def write_summary(accelerator, folder, plans, runs):
+    """Write training.json, which says that the training is finished."""
+    seconds, where = sum(run["seconds"] for run in runs), training.environment(accelerator)
+    summary = {
+        "train_seconds": round(seconds, 2),
+        "train_papers_per_second": round(sum(run["papers"] for run in runs) / seconds, 3),
+        "train_peak_memory_mb": where["peak_memory_mb"],
+        "epochs_run": [len(run["history"]) for run in runs],
+        "trained_on": where["device"],
+        "folders": [plan.name for plan in plans],
+    }
+    results.write_json(folder / "training.json", summary)
+    log(f"wrote {', '.join(str(folder / plan.name / 'best') for plan in plans)}; next: lora_predict.py")
 
 
 def main():
     args = parse_args()
     accelerator = training.make_accelerator(args.precision)
     folder = args.out_dir / args.name
-    with common.locked(folder, accelerator.is_main_process), training.model_advice():
-        train_adapter(accelerator, args, folder)
+    with results.locked(folder, accelerator.is_main_process), training.model_advice():
+        train_adapters(accelerator, args, folder)
 
 
 if __name__ == "__main__":

@@ -6,180 +6,189 @@
 
 In: train.csv, test.csv, outputs/lora/best/. Out, under outputs/lora/: valid.csv, test.csv, metrics.json,
 submit_task1.csv; of an untrained model under outputs/untrained/, without valid.csv, so that blend.py leaves it out.
-Probabilities are kept as they come: a killed run goes on where it stopped when the same command is given again. The
-adapter of a training that isn't finished is used only where --adapter names it.
+An untrained model favours one answer whatever the paper: each answer's mean probability is divided out. The adapter of
+a training that isn't finished is used only if --adapter names it.
 """
 
 import hashlib
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 from peft import PeftModel
 
-import common
-import llm
-import models
-import training
-from common import InputError, log, run_script, scores, whole
+from common import (
+    FIELDS,
+    InputError,
+    arg_parser,
+    fingerprint,
+    load_papers,
+    load_test,
+    log,
+    positive_int,
+    read_papers,
+    run_script,
+    take_recorded,
+)
+from lib import hub, llm, results, training
+from lib.items import build_items
+from lib.results import read_json, scores
 
 
 def read_kit(folder):
-    """What lora_finetune.py wrote beside the adapter. Raises InputError where there is no adapter."""
+    """What lora_finetune.py wrote beside the adapter. Raises InputError if there is no adapter."""
     for name in ("kit.json", "adapter_config.json", "adapter_model.safetensors"):
         if not (folder / name).is_file():
-            raise InputError(f"{folder} holds no {name}: run lora_finetune.py first, or give --adapter, --name or none")
-    models.check_folder(folder)
-    types = {"model": str, "prompt": str, "instruction": str, "fields": list, "answers": list, "train": str}
-    return common.read_json(folder / "kit.json", settings=dict, **types)
+            raise InputError(f"{folder} has no {name}: run lora_finetune.py first, or give --adapter, --name or none")
+    hub.check_folder(folder)
+    types = {"model": str, "prompt": str, "instruction": str, "fields": list, "answers": list, "split": dict}
+    return read_json(folder / "kit.json", settings=dict, **types)
 
 
-def load_scorer(args, folder, kit, accelerator):
-    """(scorer, tokenizer): the base model with the adapter merged into it, on its device. Raises InputError where model
-    or prompt are not those that the adapter was trained with.
+def find_adapters(args, folder):
+    """The adapters of a finished training, or the one that --adapter names: list of Path."""
+    if args.adapter:
+        return [Path(args.adapter)]
+    done = read_json(folder / "training.json", trained_on=str, folders=list)
+    if not done and (folder / "best").is_dir():
+        raise InputError(f"{folder} has a training that isn't finished: run lora_finetune.py --resume, or, to take it "
+                         f"as it is, give --adapter {folder / 'best'}")  # fmt: skip
+    return [folder / name / "best" for name in done.get("folders", ["."])]
+
+
+def load_scorer(args, folder, kit, accelerator, papers_of):
+    """(scorer, tokenizer): the base model with the adapter of `folder` (None: without one), on its device. Raises
+    InputError if model or prompt are not those that the adapter was trained with. `papers_of(tokenizer)`: encoded
+    papers to try it on.
     """
-    name = llm.find_model(args.model) if args.model else kit["model"]
-    if name != kit["model"]:
-        raise InputError(f"--model {name}: the adapter in {folder} was trained with {kit['model']}: leave --model out")
-    model, tokenizer = llm.load_llm(name, accelerator)
-    form = {"prompt": llm.prompt_form(tokenizer), "answers": llm.encode_answers(tokenizer)}
-    if folder and (changed := common.differences({key: kit[key] for key in form}, form)):
-        raise InputError(f"{folder}: the prompt is not the one the adapter was trained with: {changed}; train it anew")
+    if args.model and llm.find_model(args.model) != kit["model"]:
+        raise InputError(f"--model {args.model}: the adapter was trained with {kit['model']}: leave --model out")
+    model, tokenizer = llm.load_llm(kit["model"], accelerator)
     if not folder:
         return llm.Scorer(model, tokenizer).to(accelerator.device), tokenizer
+    form = {"prompt": llm.prompt_form(tokenizer), "answers": llm.encode_answers(tokenizer)}
+    if changed := results.describe_changes({key: kit[key] for key in form}, form):
+        raise InputError(f"{folder}: the prompt is not the one the adapter was trained with: {changed}; train it again")
     try:
         model = PeftModel.from_pretrained(model, str(folder))
     except Exception as error:
-        raise InputError(
-            f"{folder} can't be loaded ({str(error).splitlines()[0]}): run lora_finetune.py again"
-        ) from None
-    scorer = llm.Scorer(model.to(accelerator.device), tokenizer)
-    item = {"instruction": kit["instruction"], "input": "", "output": ""}
-    llm.check_adapter(scorer, llm.encode_items(tokenizer, [item], args.max_length))
+        raise InputError(f"{folder} can't be loaded ({hub.first_line(error)}): run lora_finetune.py again") from None
+    scorer, papers = llm.Scorer(model.to(accelerator.device), tokenizer), papers_of(tokenizer)
+    llm.check_adapter(scorer, papers)
     if not scorer.virtual:  # a prefix can't be merged
-        scorer = llm.Scorer(model.merge_and_unload(), tokenizer)
+        llm.merge_adapter(scorer, papers)
     return scorer, tokenizer
 
 
-class Partial:
-    """Probabilities on disk as they come, one file a process; the first line says what they are of."""
+def choose_papers(args, kit):
+    """(train or None, test). Raises InputError if train is not what the adapter was trained on. `kit`: its record; of
+    an untrained model without fields and split.
+    """
+    if args.predict_only:
+        args.fields = args.fields or list(FIELDS[::2])
+        return None, load_test(args, args.fields)
+    if "split" not in kit:
+        train, test, args.fields = load_papers(args)
+        return train, test
+    train = read_papers(args.train, labelled=True)
+    train = train.head(kit["split"]["limit"] or len(train))
+    if fingerprint(train) != kit["split"]["train"]:
+        raise InputError(f"the adapter was trained on other papers than {args.train}: retrain it, or --predict-only")
+    return train, load_test(args, args.fields)
 
-    def __init__(self, folder, key, rank):
-        folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.done = folder, {}
-        for path in sorted(folder.glob("partial-*.txt")):
-            first, *lines = path.read_text().split("\n")
-            if first == key:  # what follows the last line's end was cut off
-                with suppress(ValueError):  # a damaged line: what it and the next ones say is scored again
-                    self.done.update((int(place), float(prob)) for place, prob in map(str.split, lines[:-1]))
-        self.key, self.path = key, folder / f"partial-{rank}.txt"
-        self.file = None
 
-    def keep(self, batch, probs):
-        if self.file is None:  # begin with what is known, without the line that was cut off
-            with common.replacing(self.path) as part:
-                part.write_text("\n".join([self.key, *(f"{i} {prob!r}" for i, prob in self.done.items()), ""]))
-            self.file = open(self.path, "a")
-        with common.naming(self.path):
-            self.file.writelines(f"{place} {prob!r}\n" for place, prob in zip(batch, probs))
-            self.file.flush()
+def predict_one(accelerator, args, adapter, kit, held_out, test):
+    """(P(label = 1) of the held-out papers, of the test papers, papers a second). held_out may have no papers."""
+    instruction = kit.get("instruction")
+    items = [item for part in (held_out, test) for item in build_items(part, args.fields, instruction)]
+    scorer, tokenizer = load_scorer(
+        args, adapter, kit, accelerator, lambda tokenizer: llm.encode_items(tokenizer, items[:4], args.max_length)
+    )
+    virtual = scorer.virtual
+    args.max_length = llm.fit_length(scorer.model, args.max_length, virtual)
+    papers = llm.encode_items(tokenizer, items, args.max_length)
+    log(f"{len(papers)} papers to score; {kit['model']}, {training.describe(accelerator)}")
+    started = time.perf_counter()
+    probs = training.predict(accelerator, scorer, papers, llm.Task(accelerator, papers), args.batch_size)
+    speed = len(papers) / (time.perf_counter() - started)
+    if not adapter:
+        probs = calibrate(probs)
+    return *np.split(probs, [len(held_out)]), speed
 
-    def remove(self):
-        for path in self.folder.glob("partial-*.txt"):
-            path.unlink()
+
+def calibrate(probs):
+    """Divide each answer's probability by its mean over the papers: [0.9, 0.8] -> [0.64, 0.44]."""
+    one, zero = probs / probs.mean(), (1 - probs) / (1 - probs).mean()
+    return one / (one + zero)
+
+
+@training.resumable("the same command starts again")
+def predict(accelerator, args, folder, adapters, kits, train, test):
+    """Score the papers with each adapter, average, and write the folder's files."""
+    plans, found = [], []
+    if train is not None:
+        common_split = {"seed": args.seed, "valid_ratio": args.valid_ratio, "folds": None, "seeds": None}
+        split = kits[0].get("split", common_split)
+        plans = training.make_plans(train, split, kits[0].get("seed", args.seed))
+        if args.adapter:  # a single one: the plan of its own folder's name, or the only one
+            plans = [plan for plan in plans if plan.name == Path(args.adapter).resolve().parent.name] or plans[:1]
+    for place, (adapter, kit) in enumerate(zip(adapters, kits)):
+        held_out = train[plans[place].held_out] if plans else test.head(0)
+        found.append(predict_one(accelerator, args, adapter, kit, held_out, test))
+    if accelerator.is_main_process:
+        write_results(accelerator, args, folder, adapters, kits[0], plans, train, test, found)
+
+
+def write_results(accelerator, args, folder, adapters, kit, plans, train, test, found):
+    """Write valid.csv, test.csv, metrics.json and the submission, and print the scores. `found`: of predict_one."""
+    valid_probs, test_probs, speeds = zip(*found)
+    test_probs, trained = np.mean(test_probs, axis=0), adapters != [None]
+    files = [path / "adapter_model.safetensors" for path in adapters if path]
+    weights = [hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in files]
+    settings = kit["settings"] | {"model": kit["model"], "adapter": " ".join(weights) or None}
+    done = read_json(folder / "training.json") if trained and not args.adapter else {}
+    settings["folders"] = done.get("folders", ["."])
+    metrics = read_json(folder / "metrics.json", papers=dict)
+    held_out, probs, table = None, None, []
+    fields = " ".join(args.fields)
+    if plans:
+        chosen, probs = training.average(plans, valid_probs)
+        held_out = train[chosen]
+        metrics = done | {"papers": results.paper_record(train, test, len(held_out))}
+        metrics["scores"] = scores(held_out["label"], probs)
+        table.append((folder.name, metrics["scores"], f"{len(held_out)} held out, {fields}"))
+        if kit.get("split", {}).get("seeds"):
+            metrics["seeds"] = [scores(held_out["label"], each) for each in valid_probs]
+            table += training.spread_rows(folder.name, metrics["seeds"])
+    elif metrics.get("settings") == settings:  # what it says of training and held-out papers is still true
+        metrics["papers"] |= results.record_of_test(test)
+    else:
+        metrics = {"papers": results.record_of_test(test)}
+    metrics |= {"fields": args.fields, "settings": settings, "predict_papers_per_second": round(np.mean(speeds), 3)}
+    metrics |= training.environment(accelerator)
+    answers = results.read_labels(args.test, test)
+    if answers is not None:
+        table.append((f"{folder.name}, test", scores(answers, test_probs), f"{len(test)} test papers, {fields}"))
+    if "scores" not in metrics or not trained:  # its held-out papers were scored by another model
+        (folder / "valid.csv").unlink(missing_ok=True)
+        held_out = None
+    results.save_results(folder, metrics, test, test_probs, held_out, probs)
+    results.write_submission(folder / "submit_task1.csv", test, test_probs >= 0.5, args.out_dir)
+    if table:
+        print(results.score_table(table))
 
 
 def parse_args():
-    parser = common.arg_parser(__doc__)
+    parser = arg_parser(__doc__, recorded="lora_finetune.py")
     add = parser.add_argument_group("model").add_argument
     add("--adapter", metavar="DIR", help="default: best/ of the --name folder; 'none': the untrained model")
     add("--model", metavar="M", help="default: the adapter's; with --adapter none as in lora_finetune.py")
     add("--name", help="folder under --out-dir, default lora, or untrained with --adapter none")
-    add("--max-length", type=whole, metavar="N", help="tokens a paper, default the adapter's")
-    add("--batch-size", type=whole, default=16, metavar="N", help="papers at once, default %(default)s")
-    add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="auto: bf16 or fp16 with CUDA")
+    add("--max-length", type=positive_int, metavar="N", help="tokens a paper, default the adapter's")
+    add("--batch-size", type=positive_int, default=16, metavar="N", help="papers at once, default %(default)s")
     add("--predict-only", action="store_true", help="score --test alone, without train.csv")
+    training.add_precision_flag(add)
     return parser.parse_args()
-
-
-def choose_papers(args, kit, adapter):
-    """(train or None, held-out papers or None, test papers, fields). Raises InputError where they are not those that
-    the adapter was trained with. `kit`: of an adapter what lora_finetune.py wrote, of an untrained model no fields.
-    """
-    if args.predict_only:
-        fields = kit.get("fields") or args.fields or list(common.REQUIRED[1:])
-        train, test, asked = None, common.load_test(args, fields), args.fields or fields
-    else:
-        train, test, fields = common.load_papers(args)
-        asked = fields
-    if adapter and set(asked) != set(kit["fields"]):
-        want = " ".join(kit["fields"])
-        raise InputError(f"--fields {' '.join(asked)}: {adapter} was trained on {want}: give --fields {want}")
-    if train is None:
-        return None, None, test, fields
-    if adapter and kit["train"] != common.fingerprint(train):
-        raise InputError(f"{adapter} was trained on other papers than {args.train}: train it anew, or --predict-only")
-    split = kit["settings"] if adapter else {"valid_ratio": args.valid_ratio, "seed": args.seed}
-    return train, train[common.split_papers(train, split["valid_ratio"], split["seed"])], test, fields
-
-
-@training.resumable("the same command goes on")
-def predict(args, accelerator, folder, adapter, kit, train, held_out, test, fields):
-    """Score the papers, write the folder's files and print the table."""
-    args.max_length = args.max_length or kit["settings"].get("max_length") or llm.default_length(kit["model"])
-
-    scorer, tokenizer = load_scorer(args, adapter, kit, accelerator)
-    asked = [part for part in (held_out, test) if part is not None]
-    items = [item for part in asked for item in common.build_items(part, fields)]
-    papers = llm.encode_items(tokenizer, items, args.max_length)
-    weights = adapter and hashlib.sha256((adapter / "adapter_model.safetensors").read_bytes()).hexdigest()
-    key = [kit, weights, items, args.max_length, args.batch_size, training.describe(accelerator)]
-    partial = Partial(folder, common.digest(key), accelerator.process_index)
-    accelerator.wait_for_everyone()  # all have read what is there before one of them adds to it
-    log(f"{len(papers)} papers to score; {kit['model']}, {training.describe(accelerator)}")
-    if partial.done:
-        log(f"{len(partial.done)} of {len(papers)} papers were scored by a run that stopped; going on")
-
-    probs_of = llm.make_probs(papers)
-    started = time.perf_counter()
-    probs = training.predict(accelerator, scorer, papers, probs_of, args.batch_size, partial.done, partial.keep)
-    speed = (len(papers) - len(partial.done)) / (time.perf_counter() - started)
-    if not accelerator.is_main_process:
-        return
-    valid_probs, test_probs = np.split(probs, [len(papers) - len(test)])
-    settings = kit["settings"] | {"model": kit["model"], "adapter": weights}
-    metrics = common.read_metrics(folder)
-    if train is not None:
-        metrics = common.read_json(adapter.parent / "training.json", trained_on=str) if adapter else {}
-        metrics["papers"] = common.paper_record(train, test, len(valid_probs))
-    elif metrics.get("settings") == settings:  # what is said of training and held-out papers stays
-        metrics["papers"] |= common.test_record(test)
-    else:
-        metrics = {"papers": common.test_record(test)}
-    metrics |= {
-        "fields": fields,
-        "settings": settings,
-        "predict_papers_per_second": round(speed, 3),
-        "peak_memory_mb": training.peak_memory_mb(accelerator),
-        "versions": common.package_versions(),
-        "device": training.describe(accelerator),
-    }
-    table = []
-    if train is not None:
-        metrics["scores"] = scores(held_out["label"], valid_probs)
-        table.append((folder.name, metrics["scores"], f"{len(held_out)} held out, {' '.join(fields)}"))
-    answers = common.read_test_labels(args.test.parent / "test_labels.csv", test)
-    if answers is not None:
-        note = f"{len(test)} test papers, {' '.join(fields)}"
-        table.append((f"{folder.name}, test", scores(answers, test_probs), note))
-    if "scores" not in metrics or not adapter:  # held-out papers scored by another model
-        (folder / "valid.csv").unlink(missing_ok=True)
-    common.write_submission(folder / "submit_task1.csv", test, test_probs >= 0.5, args.out_dir)
-    common.save_results(folder, test, test_probs, metrics, held_out if adapter else None, valid_probs)
-    partial.remove()
-    if table:
-        print(common.score_table(table))
 
 
 def main():
@@ -187,16 +196,18 @@ def main():
     accelerator = training.make_accelerator(args.precision)
     untrained = args.adapter == "none"
     folder = args.out_dir / (args.name or ("untrained" if untrained else "lora"))
-    adapter = None if untrained else Path(args.adapter or folder / "best")
-    kit = {"model": llm.find_model(args.model or "auto"), "settings": {}} if untrained else read_kit(adapter)
-    if not (args.adapter or (folder / "training.json").is_file()):
-        raise InputError(
-            f"{folder} holds a training that isn't finished: run lora_finetune.py --resume, or, to take it as it is, "
-            f"give --adapter {adapter}"
-        )
-    train, held_out, test, fields = choose_papers(args, kit, adapter)
-    with common.locked(folder, accelerator.is_main_process), training.model_advice():
-        predict(args, accelerator, folder, adapter, kit, train, held_out, test, fields)
+    if untrained:
+        args.adapter, adapters = None, [None]
+        args.valid_ratio = args.valid_ratio or 0.1
+        kits = [{"model": llm.find_model(args.model or "auto"), "settings": {}}]
+    else:
+        adapters = find_adapters(args, folder)
+        kits = [read_kit(adapter) for adapter in adapters]
+        take_recorded(args, {"fields": kits[0]["fields"], "valid_ratio": kits[0]["split"]["valid_ratio"]}, adapters[0])
+    args.max_length = args.max_length or kits[0]["settings"].get("max_length") or llm.default_length(kits[0]["model"])
+    train, test = choose_papers(args, kits[0])
+    with results.locked(folder, accelerator.is_main_process), training.model_advice():
+        predict(accelerator, args, folder, adapters, kits, train, test)
 
 
 if __name__ == "__main__":

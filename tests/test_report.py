@@ -1,4 +1,4 @@
-import json
+import os
 import re
 import subprocess
 import sys
@@ -8,21 +8,20 @@ import numpy as np
 import pytest
 from conftest import KIT, SAMPLE
 
-import baseline
 import common
-import plots
-import report
+from lib import plots, report
+from lib.results import paper_record, save_results, scores, write_json
 
 HOSTILE = "<script>alert(1)</script> | `x` $y^2$ [a](http://b) \"q\" & 'r' 论文 <b>"
 LOG = "epoch,train_loss,accuracy,f1,auc,log_loss\n1,0.7,0.5,0.4,,0.7\n2,0.4,0.9,0.9,0.95,0.3\n"
 
 
 class Page(HTMLParser):
-    """Reads a page strictly: every tag is closed, in order; gathers tags, attributes and text."""
+    """Reads a page strictly: every tag is closed, in order. Collects tags, attributes and text."""
 
     def __init__(self, text):
         super().__init__()
-        self.open, self.tags, self.attributes, self.text = [], [], [], []
+        self.open, self.tags, self.attributes, self.text = [], [], [], ""
         self.feed(text)
         self.close()
         assert not self.open
@@ -41,78 +40,72 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
-        self.text.append(data)
+        self.text += data
 
 
 @pytest.fixture
 def model(tmp_path, papers):
-    """Write what a model leaves: made-up probabilities, worse as `noise` grows, and the files given by name."""
+    """Write what a model leaves: made-up probabilities, worse as `noise` grows, further metrics and its log.csv."""
     train, test = papers
 
-    def write(name, noise, held_out=slice(None), metrics=None, train=train, **files):
+    def write(name, noise, held_out=slice(None), train=train, test_probs=None, log=None, **metrics):
         random, held = np.random.default_rng(list(name.encode())), train[held_out]
         probs = np.clip(held["label"] + noise * random.normal(size=len(held)), 0, 1)
-        found = {"papers": common.paper_record(train, test, len(held)), "fields": ["title"], **(metrics or {})}
+        metrics = {"papers": paper_record(train, test, len(held)), "fields": ["title"], **metrics}
         folder = tmp_path / "outputs" / name
-        common.save_results(folder, test, random.random(len(test)), found, held, probs)
-        for file, text in files.items():
-            (folder / f"{file}.csv").write_text(text)
+        test_probs = random.random(len(test)) if test_probs is None else test_probs
+        save_results(folder, metrics, test, test_probs, held, probs)
+        if log is not None:
+            (folder / "log.csv").write_text(log)
 
     return write
 
 
-def read_page(tmp_path):
-    """(Page, text of report.md); whatever the report holds, it needs nothing from outside and runs nothing."""
-    text = (tmp_path / "outputs" / "report.html").read_text(encoding="utf-8")
-    page = Page(text)
-    assert "default-src 'none'" in text and plots.INK not in text and "currentColor" in text
-    assert not {"script", "link", "img", "iframe", "object", "base"} & set(page.tags)
-    assert not any(name.startswith("on") or name == "src" for name, _ in page.attributes)
-    assert all(value.startswith("#") for name, value in page.attributes if name.endswith("href"))
-    return page, (tmp_path / "outputs" / "report.md").read_text(encoding="utf-8")
+@pytest.fixture
+def read_page(kit, tmp_path):
+    """Run blend.py. Returns (Page, text of report.md); the page needs nothing from outside and runs nothing."""
+
+    def read(*flags):
+        done = kit("blend.py", *flags)
+        assert done.returncode == 0, done.stderr
+        text = (tmp_path / "outputs" / "report.html").read_text(encoding="utf-8")
+        page = Page(text)
+        assert "default-src 'none'" in text and plots.INK not in text
+        assert not {"script", "link", "img", "image", "iframe", "object", "base"} & set(page.tags)
+        assert not any(name.startswith("on") or name == "src" for name, _ in page.attributes)
+        ids = {value for name, value in page.attributes if name == "id"}
+        references = {value for name, value in page.attributes if name.endswith("href")}
+        assert references <= {f"#{name}" for name in ids}
+        return page, (tmp_path / "outputs" / "report.md").read_text(encoding="utf-8")
+
+    return read
 
 
-def test_baseline_alone_gives_a_smaller_page(kit, tmp_path, papers):
-    assert kit("baseline.py").returncode == 0
-    done = kit("blend.py")
-    assert done.returncode == 0, done.stderr
-    page, text = read_page(tmp_path)
-    shown = "".join(page.text)
-    for title in (
-        "Held-out papers",
-        "Test papers",
-        "Confusion matrices",
-        "What words tell the baseline",
-        "The 20 hardest",
-    ):
-        assert title in shown
-    assert "Learning curves" not in shown and "Agreement" not in shown and "Keywords" not in shown
-    metrics = json.loads((tmp_path / "outputs" / "baseline" / "metrics.json").read_text())
-    for value in (metrics["scores"]["f1"], metrics["table"][1][1]["accuracy"], metrics["author_free_scores"]["auc"]):
-        assert f"{value:.4f}" in shown and f"{value:.4f}" in text
-    assert "constant guess" in text and "author rule" in text and "no author" in text
+def test_one_model_gives_a_smaller_page(read_page, model):
+    table = [["author rule", scores([0, 1], [0.2, 0.9]), "2 out of fold"]]
+    strongest = {"words": {"1": [["cell", 1.5]], "0": []}, "author": {"1": [], "0": []}}
+    model("baseline", 0.6, table=table, strongest=strongest)
+    page, text = read_page()
+    for title in ("Held-out papers", "Test papers", "author rule", "What words tell the baseline", "The 20 hardest"):
+        assert title in page.text and title in text
+    for title in ("Learning curves", "Agreement", "Keywords", "way authors are written tells"):
+        assert title not in page.text
+    assert "| 1 | cell | 1.50 |" in text and "width:100%" in dict(page.attributes).values()
 
 
-def test_whole_page(kit, tmp_path, model):
-    times = {"train_seconds": 61.26, "train_papers_per_second": 7.04, "epochs_run": [2], "device": "cpu, fp32"}
+def test_whole_page(read_page, tmp_path, model):
     model("baseline", 0.6)
-    model("bert", 0.5, slice(0, 60), times, log=LOG)
-    model("lora", 0.6, slice(0, 60), {"trained_on": "some GPU", "epochs_run": 2}, log=LOG)
-    done = kit("blend.py", "--report-only")
-    assert done.returncode == 0 and re.search(r"blend: \d\d% \w+ \+ ", done.stdout)
-    page, text = read_page(tmp_path)
-    shown = "".join(page.text)
-    assert "61.3" in text and "7.0" in text and "some GPU" in text and "60 held out, title" in text
-    for title in ("Learning curves", "Confusion matrices", "Reliability", "Agreement between models"):
-        assert title in shown
+    times = {"train_seconds": 119, "train_papers_per_second": 7.04, "predict_papers_per_second": 100}
+    model("bert", 0.5, slice(0, 60), log=LOG, epochs_run=[2], device="cpu, fp32", **times)
+    model("lora", 0.6, slice(0, 60), log=LOG, epochs_run=2, trained_on="some GPU")
+    page, text = read_page("--report-only")
+    assert "| bert | cpu, fp32 | 2 | 2.0 min | 7.0 | 100.0 | – |" in text  # 119 s, and a second for 60 + 40 papers
+    assert "some GPU" in text and "60 held out, title" in text
     assert page.tags.count("svg") == 4 + 4 + 1 + 2  # curves of two models; three models and the blend; agreement twice
     assert not (tmp_path / "submit_task1.csv").exists()
-    ids = [value for name, value in page.attributes if name == "id"]
-    references = {value for name, value in page.attributes if name.endswith("href")}
-    assert all(reference[1:] in ids for reference in references)
 
 
-def test_untrusted_text_stays_text(kit, tmp_path, model, papers, write_csv, recwarn):
+def test_untrusted_text_stays_text(read_page, model, papers, write_csv, recwarn):
     train = papers[0].copy()
     for name in ("title", "author", "abstract"):
         train.loc[train.index[:40], name] = f"{name} {HOSTILE}"
@@ -120,25 +113,21 @@ def test_untrusted_text_stays_text(kit, tmp_path, model, papers, write_csv, recw
     train = common.read_papers(path, labelled=True)
     model("<i>$\\frac$ | 模型", 0.5, train=train, log=LOG)
     model("_b", 0.5, train=train)
-    done = kit("blend.py", "--train", path)
-    assert done.returncode == 0 and not recwarn.list, done.stderr
-    page, text = read_page(tmp_path)
-    shown = "".join(page.text)
-    assert f"title {HOSTILE}" in shown and f"author {HOSTILE}" in shown and f"abstract {HOSTILE}" in shown
-    assert "<i>$\\frac$ | 模型" in shown
-    rows = [line for line in text.splitlines() if line.startswith("| title \\<script")]
-    rows += [line for line in text.splitlines() if line.startswith("| title | uuid")]
-    assert len(rows) > 1 and all(
-        len(re.findall(r"(?<!\\)\|", row)) == 7 for row in rows
-    )  # title, uuid, label, two models, blend
+    page, text = read_page("--train", path)
+    assert not recwarn.list
+    assert all(f"{name} {HOSTILE}" in page.text for name in ("title", "author", "abstract"))
+    assert "<i>$\\frac$ | 模型" in page.text
+    rows = [line for line in text.splitlines() if line.startswith(("| title \\<script", "| title | uuid"))]
+    bars = [len(re.findall(r"(?<!\\)\|", row)) for row in rows]
+    assert len(rows) > 1 and set(bars) == {7}  # title, uuid, label, two models, blend
     assert "<script" not in re.sub(r"\\.", "", text)
 
 
-def test_same_inputs_same_bytes(kit, tmp_path, model):
+def test_same_inputs_same_bytes(read_page, tmp_path, model):
     model("baseline", 0.6)
     model("bert", 0.4, slice(0, 60), log=LOG)
     files = [tmp_path / "outputs" / f"report.{kind}" for kind in ("html", "md")]
-    assert kit("blend.py").returncode == 0
+    read_page()
     first = [file.read_bytes() for file in files]
     command = [sys.executable, KIT / "blend.py", "--out-dir", tmp_path / "outputs", "--report-only"]
     command += ["--train", SAMPLE / "train.csv", "--test", SAMPLE / "test.csv"]
@@ -146,41 +135,78 @@ def test_same_inputs_same_bytes(kit, tmp_path, model):
     assert first == [file.read_bytes() for file in files]
 
 
-@pytest.mark.parametrize(
-    "log", ["", "epoch\n", "epoch,f1\n1,0.5\n", LOG[: LOG.index("\n") + 1], LOG.replace("0.4", "x")]
-)
-def test_a_log_that_can_not_be_drawn_is_left_out(kit, tmp_path, model, log):
+@pytest.mark.parametrize("log", ["", "epoch\n", "epoch,f1\n1,0.5\n", LOG.splitlines()[0], LOG.replace("0.4", "x")])
+def test_a_damaged_log_is_left_out(read_page, model, log):
     model("bert", 0.4, log=log)
-    assert kit("blend.py").returncode == 0
-    assert "Learning curves" not in "".join(read_page(tmp_path)[0].text)
+    assert "Learning curves" not in read_page()[0].text
 
 
-def test_curves_of_folds_and_of_one_epoch(kit, tmp_path, model):
-    model("bert", 0.4, metrics={"settings": {"folders": ["fold1", "fold2"]}}, log="of an earlier run")
+def test_curves_of_folds_and_of_one_epoch(read_page, tmp_path, model):
+    model("bert", 0.4, settings={"folders": ["fold1", "fold2"]}, log="of an earlier run")
     for fold in ("fold1", "fold2"):
         path = tmp_path / "outputs" / "bert" / fold / "log.csv"
         path.parent.mkdir()
         path.write_text(LOG[: LOG.index("\n2")])
-    done = kit("blend.py")
-    assert done.returncode == 0 and "damaged" not in done.stderr
-    assert "Learning curves" in "".join(read_page(tmp_path)[0].text)
+    assert "Learning curves" in read_page()[0].text
 
 
-def test_keywords_only_of_these_papers(kit, tmp_path, model, papers):
-    model("bert", 0.4)
-    record = {
-        "scores": {"f1_at_5": 0.1234},
-        "fields": ["title"],
-        "papers": common.paper_record(*papers, 77),
-        "papers_per_second": 3.0,
-    }
-    common.write_json(tmp_path / "outputs" / "keywords" / "metrics.json", record)
-    assert kit("blend.py", "--report-only").returncode == 0
-    assert "0.1234" in read_page(tmp_path)[1] and "77 papers" in read_page(tmp_path)[1]
+def test_keywords_and_board_only_of_these_papers(kit, read_page, tmp_path, model, papers):
+    model("bert", 0)
+    record = {"scores": {"f1_at_5": 0.1234, "recall_case_at_40": 0.25, "by_label": {}}, "fields": ["title"]}
+    record |= {"papers": paper_record(*papers, 77), "seconds": 30}
+    write_json(tmp_path / "outputs" / "keywords" / "metrics.json", record)
+    text = read_page("--report-only")[1]
+    assert "| f1 at 5 | 0.1234 |" in text and "77 papers" in text and "| keywords | – | – | 30 s |" in text
+    assert "| 120 held-out papers | 1.0000 | 0.2500 | 0.5500 |" in text and "inferred" in text
+    assert "\n0.5500 = 0.4 x 1.0000 (F1, 120 held-out papers) + 0.6 x 0.2500" in kit("blend.py").stdout
     record["papers"]["test_fingerprint"] = "other"
-    common.write_json(tmp_path / "outputs" / "keywords" / "metrics.json", record)
-    assert kit("blend.py", "--report-only").returncode == 0
-    assert "0.1234" not in read_page(tmp_path)[1]
+    write_json(tmp_path / "outputs" / "keywords" / "metrics.json", record)
+    text = read_page("--report-only")[1]
+    assert "0.1234" not in text and "oard estimate" not in text
+
+
+def test_f1_comes_with_an_interval(read_page, model, papers):
+    held_out = np.arange(120) % 10 == 0
+    model("bert", 0, held_out)  # all right
+    low = float(re.search(r"F1 on 12 held-out papers, 95 % interval (0.\d+) to 1.000: 1.000", read_page()[1])[1])
+    hits = papers[0]["label"][held_out].sum()
+    share = hits / (hits + 1.96**2)  # Wilson's lower bound if all are hits
+    assert low == pytest.approx(2 * share / (1 + share), abs=0.001)
+
+
+def test_failed_stages_are_shown_until_they_succeed(read_page, tmp_path, model):
+    model("baseline", 0.6)
+    model("bert", 0.4)
+    (tmp_path / "outputs" / "failed.txt").write_text("bert\nlora\n")
+    os.utime(tmp_path / "outputs" / "bert" / "metrics.json", (1, 1))
+    assert "failed in the last run: bert, lora" in read_page()[0].text
+    model("bert", 0.4)
+    os.utime(tmp_path / "outputs" / "failed.txt", (1, 1))
+    assert "failed in the last run: lora." in read_page()[0].text
+
+
+def test_seeds_show_their_spread(read_page, model):
+    seeds = [scores([0, 1], [0.2, 0.9]), scores([0, 1], [0.2, 0.4])]
+    model("bert", 0.4, seeds=seeds)
+    assert "| bert | 2 | 0.5000 ± 0.7071 | 0.7500 ± 0.3536 |" in read_page()[1]
+
+
+@pytest.mark.parametrize("accuracy", [0.5, 0.99])
+def test_says_when_the_authors_give_the_label_away(read_page, model, accuracy):
+    values = scores([0, 1], [0.2, 0.9])
+    table = [["author rule", {**values, "accuracy": accuracy}, ""]]
+    table.append(["naive Bayes, no author", {**values, "accuracy": 0.7654}, ""])
+    model("baseline", 0.4, table=table)
+    text = read_page()[0].text
+    assert [("The way authors" in text), ("76.54%" in text)] == [accuracy > 0.9] * 2
+
+
+def test_warns_if_all_test_papers_get_one_class(read_page, model):
+    model("baseline", 0.4, test_probs=np.full(40, 0.1))
+    page, _ = read_page()
+    assert "40 of 40 test papers get label 0" in page.text and ("class", "trust warn") in page.attributes
+    model("baseline", 0.4)
+    assert ("class", "trust warn") not in read_page()[0].attributes
 
 
 def test_hardest_are_the_wrong_and_the_disputed():
@@ -193,28 +219,7 @@ def test_hardest_are_the_wrong_and_the_disputed():
 
 def test_matrices_count_what_they_say():
     labels, probs = np.array([0, 0, 0, 0, 1, 1]), np.array([0.1, 0.5, 0.6, 0.2, 0.9, 0.4])
-    cells = re.findall(r">(\d+)</tspan>|>(\d+)</text>", figure := plots.draw_confusion("m", labels, probs))
-    numbers = [int(a or b) for a, b in cells] or [int(n) for n in re.findall(r">\s*(\d+)\s*<", figure)]
-    assert numbers == [2, 2, 1, 1]  # true 0: two right, 0.5 is a 1; true 1: one wrong, one right
-    shares = re.findall(r">([\d.]+%)<", plots.draw_agreement("m", {"a": probs, "b": 1 - probs, "c": probs}))
+    cells = re.findall(r">(\d+)<", plots.draw_confusion("m", labels, probs).svg)
+    assert cells == ["2", "2", "1", "1"]  # true 0: two right, 0.5 is a 1; true 1: one wrong, one right
+    shares = re.findall(r">([\d.]+%)<", plots.draw_agreement("m", {"a": probs, "b": 1 - probs, "c": probs}).svg)
     assert shares == ["100.0%", "16.7%", "100.0%", "16.7%", "100.0%", "16.7%", "100.0%", "16.7%", "100.0%"]
-
-
-@pytest.mark.parametrize("name", ["lr", "nb", "svm", "rf"])
-def test_the_strongest_words_are_those_of_the_model(papers, name):
-    """A word planted in every paper of a class leads its list, in hashed columns, too."""
-    train = papers[0]
-    labels = train["label"].to_numpy()
-    planted = train.assign(
-        title=[f"{title} {'zebra' if label else '斑马'}" for title, label in zip(train["title"], labels)]
-    )
-    blocks = baseline.count_ngrams(planted, ["title", "abstract"], (1, 1))
-    settings = {"features": "bow", "model": name, "strength": baseline.STRENGTH[name], "author_weight": 0}
-    settings |= {"max_features": None, "seed": 0}
-    _, weights = baseline.fit(blocks, labels, settings)
-    found = baseline.strongest_ngrams(planted, ["title", "abstract"], (1, 1), blocks, weights)["words"]
-    if name == "rf":  # a forest has no weights
-        assert found == {"0": [], "1": []}
-    else:
-        assert found["1"][0][0] == "zebra" and found["0"][0][0] == "斑马"
-        assert [w for _, w in found["1"]] == sorted((w for _, w in found["1"]), reverse=True)

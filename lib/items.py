@@ -1,0 +1,22 @@
+"""What a large language model is asked about a paper, in the alpaca form that trainers of LLMs read. No torch here."""
+
+from common import build_text
+
+NAMES = {"title": "title", "author": "authors", "Keywords": "keywords", "abstract": "abstract"}
+
+
+def make_instruction(fields):
+    """['title', 'abstract'] -> 'Please judge …, from its title and abstract. Output 1 if it is, else 0.'"""
+    given = [NAMES[name] for name in NAMES if name in fields]
+    listed = " and ".join([", ".join(given[:-1]), given[-1]] if len(given) > 1 else given)
+    return f"Please judge whether it is a medical field paper, from its {listed}. Output 1 if it is, else 0."
+
+
+def build_items(papers, fields, instruction=None):
+    """Each paper as a dict: instruction, input (its text, with the names of the fields) and output ("1", "0", or "" if
+    there is no label). An adapter is asked with the instruction that it was trained on.
+    """
+    instruction = instruction or make_instruction(fields)
+    labels = papers["label"].astype(str) if "label" in papers else [""] * len(papers)
+    texts = build_text(papers, fields, names=True)
+    return [{"instruction": instruction, "input": text, "output": label} for text, label in zip(texts, labels)]
