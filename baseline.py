@@ -398,6 +398,7 @@ def compare_and_predict(args, folder):
     print(results.score_table(table))
     if len(allowed) > 1:
         print(describe_choice(best, allowed))
+    results.warn_one_class(test_probs >= 0.5, labels)
     results.write_submission(folder / "submit_task1.csv", test, test_probs >= 0.5, args.out_dir)
 
 
