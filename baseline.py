@@ -41,7 +41,7 @@ GRID = {"lr": (3, 10, 30, 100), "nb": (0.003, 0.01, 0.03, 0.1), "svm": (0.1, 0.3
 AUTHOR_WEIGHT = 2  # of the author's characters, where the words weigh 1
 AUTHOR_WEIGHTS = (0.5, 1, 2, 4)  # what --tune tries
 SMOOTHING = 0.1  # added to each class's use of an n-gram
-BLOCK = 10_000  # test papers scored at a time, so that memory doesn't grow with their number
+BLOCK = 5_000  # test papers scored at a time, so that memory doesn't grow with their number
 STRONGEST = 15  # n-grams a label in metrics.json
 NAMING_PAPERS = 9  # papers that are read to name a column
 
@@ -398,6 +398,7 @@ def compare_and_predict(args, folder):
     print(results.score_table(table))
     if len(allowed) > 1:
         print(describe_choice(best, allowed))
+    results.warn_one_class(test_probs >= 0.5, labels)
     results.write_submission(folder / "submit_task1.csv", test, test_probs >= 0.5, args.out_dir)
 
 

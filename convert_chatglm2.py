@@ -6,25 +6,28 @@
 In:  CHATGLM2_DIR as published: config.json, tokenizer.model, pytorch_model*.bin or *.safetensors. Its Python isn't run.
 Out: OUT_DIR with the same weights as GlmForCausalLM, in the same dtype (safetensors shards, config.json,
      generation_config.json) and a fast tokenizer with chat template (tokenizer.json, tokenizer_config.json,
-     chat_template.jinja). AutoModelForCausalLM, AutoTokenizer and peft take it as any other model.
+     chat_template.jinja). AutoModelForCausalLM, AutoTokenizer and peft load it like any other model.
+
+docs/chatglm2.md says what is converted, what is refused, and how far it is the published model.
 """
 
 import argparse
-import json
 import re
 import shutil
 import zipfile
+from itertools import chain
 from pathlib import Path
 
 import sentencepiece
 import torch
-from models import check_folder
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from tqdm import tqdm
 from transformers import GenerationConfig, GlmConfig, GlmForCausalLM, PreTrainedTokenizerFast
 
-from common import InputError, Parser, log, replacing, run_script, some, write_json
+from common import InputError, Parser, few, log, run_script
+from lib.hub import check_links, check_pointer
+from lib.results import atomic_write, read_json, write_json
 
 # Config keys that change the maths: the value that GlmForCausalLM computes, and the published default.
 FLAGS = {
@@ -38,20 +41,22 @@ FLAGS = {
     "rmsnorm": (True, True),
     "rope_ratio": (1, 1),
 }
+# Tensors of a layer, and those that each becomes: its rows in this order.
 LAYER = {
     "input_layernorm.weight": ["input_layernorm.weight"],
     "post_attention_layernorm.weight": ["post_attention_layernorm.weight"],
-    "self_attention.query_key_value.weight": [f"self_attn.{x}_proj.weight" for x in "qkv"],
-    "self_attention.query_key_value.bias": [f"self_attn.{x}_proj.bias" for x in "qkv"],
+    "self_attention.query_key_value.weight": [f"self_attn.{letter}_proj.weight" for letter in "qkv"],
+    "self_attention.query_key_value.bias": [f"self_attn.{letter}_proj.bias" for letter in "qkv"],
     "self_attention.dense.weight": ["self_attn.o_proj.weight"],
     "mlp.dense_h_to_4h.weight": ["mlp.gate_up_proj.weight"],
     "mlp.dense_4h_to_h.weight": ["mlp.down_proj.weight"],
 }
-BUFFER = "rotary_pos_emb.inv_freq"  # computed anew by GlmForCausalLM
-SPECIAL = ["[MASK]", "[gMASK]", "[sMASK]", "sop", "eop"]  # the published tokenizer counts them on from its last piece
-UNUSED = "\U0010ffff"  # marks a piece that no text leads to
-# The published build_prompt. A system message, which the model doesn't know, opens the first question. The cue 答：
-# ends every question, asked for or not; the end token is not part of it.
+BUFFER = "rotary_pos_emb.inv_freq"  # GlmForCausalLM computes it itself
+SPECIAL = ["[MASK]", "[gMASK]", "[sMASK]", "sop", "eop"]  # their ids follow those of the sentencepiece model
+UNREACHABLE = "\U0010ffff"  # appended to a piece that no text may become
+DOWNLOAD = "download it again"
+# The published build_prompt. ChatGLM2 knows no system message, so it opens the first question. The cue 答： ends every
+# question, with and without add_generation_prompt; the end token is not part of it.
 CHAT_TEMPLATE = """\
 {%- set state = namespace(round=0, system='', next='user') -%}
 [gMASK]sop
@@ -78,32 +83,21 @@ CHAT_TEMPLATE = """\
 # ---- config ----------------------------------------------------------------------------------------------------------
 
 
-def read_json(path):
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; CHATGLM2_DIR is the folder that holds config.json") from None
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise InputError(f"{path} is no JSON object: download it again")
-    return value
-
-
 def name_other_model(source, old):
-    """What the directory holds in place of ChatGLM2, by its config `old` and its tokenizer's files; else None."""
+    """Which other model the directory holds, by its config `old` and its tokenizer's files; None for ChatGLM2."""
     name = str(old.get("_name_or_path")).lower()
     files = [source / file for file in ("tokenizer_config.json", "special_tokens_map.json", "tokenization_chatglm.py")]
-    told = "".join(file.read_text(encoding="utf-8", errors="replace") for file in files if file.is_file()).lower()
+    texts = [file.read_text(encoding="utf-8", errors="replace") for file in files if file.is_file()]
+    tokenizer = "".join(texts).lower()
     if old.get("model_type") in ("glm", "glm4"):
         return f"a {old['model_type']} model, which needs no conversion: use it as it is"
     if old.get("model_type") != "chatglm":
         return f"a model of type {old.get('model_type')!r}"
     if "inner_hidden_size" in old or "position_encoding_2d" in old:
         return "ChatGLM-6B, the first: another architecture"
-    if "glm-4" in name or "chatglm4" in told or isinstance(old.get("eos_token_id"), list):
-        return "GLM-4: take its plain edition, the one whose name ends in -hf"
-    if "chatglm3" in name + told or "<|user|>" in told or "<|assistant|>" in told:
+    if "glm-4" in name or "chatglm4" in tokenizer or isinstance(old.get("eos_token_id"), list):
+        return "GLM-4: take its plain edition, whose name ends in -hf"
+    if "chatglm3" in name + tokenizer or "<|user|>" in tokenizer or "<|assistant|>" in tokenizer:
         return "ChatGLM3: another prompt form and other special tokens"
     if old.get("quantization_bit"):
         return f"int{old['quantization_bit']} weights (quantization_bit): take the full chatglm2-6b"
@@ -111,15 +105,19 @@ def name_other_model(source, old):
 
 
 def convert_config(source):
-    """GlmConfig for the ChatGLM2 directory `source`. Raises InputError for other models and for flags that
-    GlmForCausalLM doesn't compute.
+    """GlmConfig for the ChatGLM2 directory `source`. Raises InputError for other models and for settings that
+    GlmForCausalLM can't compute.
     """
     path = source / "config.json"
-    old = read_json(path)
-    if other := name_other_model(source, old):
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; CHATGLM2_DIR is the folder that holds config.json")
+    old = read_json(path, remedy=DOWNLOAD, model_type=str)
+    other = name_other_model(source, old)
+    if other:
         raise InputError(f"{source} holds {other}. Only ChatGLM2 in full precision is converted")
     for name, (wanted, default) in FLAGS.items():
-        if (value := old.get(name, default)) != wanted and (value or wanted):
+        value = old.get(name, default)
+        if value != wanted and (value or wanted):  # None, False and 0 are the same
             raise InputError(f"{path}: {name} is {value!r}, and only {wanted!r} can be converted")
     try:
         config = GlmConfig(
@@ -140,8 +138,8 @@ def convert_config(source):
             architectures=["GlmForCausalLM"],
         )
     except KeyError as error:
-        raise InputError(f"{path}: no {error}: download it again") from None
-    except Exception as error:  # GlmConfig checks types, its errors are of huggingface_hub's own kind
+        raise InputError(f"{path}: no {error}: {DOWNLOAD}") from None
+    except Exception as error:  # GlmConfig checks types, with errors of huggingface_hub's own kind
         raise InputError(f"{path}: {error}") from None
     if config.num_attention_heads % config.num_key_value_heads or config.head_dim % 4:
         raise InputError(f"{path}: num_attention_heads must be a multiple of multi_query_group_num, kv_channels of 4")
@@ -151,60 +149,59 @@ def convert_config(source):
 # ---- weights ---------------------------------------------------------------------------------------------------------
 
 
-def check_file(path):
-    """Raise InputError where `path` is missing or a git-lfs pointer."""
-    if not path.is_file():
-        raise InputError(f"{path}: no such file: download it")
-    with open(path, "rb") as file:
-        if file.read(40).startswith(b"version https://git-lfs"):
-            raise InputError(f"{path} is a git-lfs pointer, not the file itself: run `git lfs pull` in {path.parent}")
+def check_files(paths):
+    """Raise InputError where one of these files is missing or a git-lfs pointer."""
+    missing = [path.name for path in paths if not path.is_file()]
+    if missing:
+        raise InputError(f"{paths[0].parent} lacks {few(missing, 20)}: no such file, download what is missing")
+    for path in paths:
+        check_pointer(path)
+
+
+def list_shards(source, single):
+    """The weight files named by an index, or the file `single`; sorted paths, [] if there is neither."""
+    index = source / f"{single}.index.json"
+    if index.is_file():
+        files = read_json(index, remedy=DOWNLOAD, weight_map=dict)["weight_map"].values()
+        return sorted({source / str(file) for file in files})
+    return [source / single] if (source / single).exists() else []
 
 
 def find_shards(source):
-    """The weight files of `source`, sorted: safetensors where they are all there, else .bin. Raises InputError naming
-    what is missing.
+    """The weight files of `source`, sorted: safetensors if all of them are there, else .bin. Raises InputError that
+    names what is missing.
     """
-    first_error = None
+    faults = []
     for single in ("model.safetensors", "pytorch_model.bin"):
-        index = source / f"{single}.index.json"
-        if index.is_file():
-            weight_map = read_json(index).get("weight_map")
-            files = list(weight_map.values()) if isinstance(weight_map, dict) else []
-            if not files or not all(isinstance(file, str) and Path(file).name == file for file in files):
-                raise InputError(f"{index} has no weight_map to files beside it: download it again")
-            shards = sorted({source / file for file in files})
-        elif (source / single).exists():
-            shards = [source / single]
-        else:
-            continue
-        try:
-            if missing := [path.name for path in shards if not path.is_file()]:
-                raise InputError(f"{source} lacks {some(missing, 20)}: download what is missing")
-            for path in shards:
-                check_file(path)
-            return shards
-        except InputError as error:
-            first_error = first_error or error
-    raise first_error or InputError(f"{source} holds neither model.safetensors nor pytorch_model.bin, nor an index")
+        shards = list_shards(source, single)
+        if shards:
+            try:
+                check_files(shards)
+                return shards
+            except InputError as error:
+                faults.append(error)
+    if faults:
+        raise faults[0]
+    raise InputError(f"{source} holds neither model.safetensors nor pytorch_model.bin, nor an index: {DOWNLOAD}")
 
 
 def read_shard(path):
-    """{name: tensor} of a weight file, mapped from the file rather than read where the format permits."""
+    """{name: tensor} of a weight file. Tensors stay in the file until they are used, where its format permits."""
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # what a foreign or cut-off file raises is anyone's guess
+    except Exception as error:  # a foreign or cut-off file may raise anything
         reason = (str(error) or repr(error)).splitlines()[0]
-        raise InputError(f"{path} can't be read as plain tensors ({reason}): download it again") from None
+        raise InputError(f"{path} can't be read as plain tensors ({reason}): {DOWNLOAD}") from None
     if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
-        raise InputError(f"{path} holds other things than named tensors: download it again")
+        raise InputError(f"{path} holds other things than named tensors: {DOWNLOAD}")
     return tensors
 
 
 def plan_tensors(config):
-    """(plan, shapes): for each tensor of the source, without 'transformer.', the names of those that it becomes, in the
-    order of its rows; and the shape of each of GlmForCausalLM's tensors.
+    """Returns (plan, shapes). plan: for each tensor of the source, without 'transformer.', the names of those that it
+    becomes, in the order of its rows. shapes: the shape of each tensor of GlmForCausalLM.
     """
     with torch.device("meta"):
         shapes = {name: list(tensor.shape) for name, tensor in GlmForCausalLM(config).state_dict().items()}
@@ -217,14 +214,15 @@ def plan_tensors(config):
         for old, new in LAYER.items():
             if not old.endswith(".bias") or config.attention_bias:
                 plan[f"encoder.layers.{layer}.{old}"] = [f"model.layers.{layer}.{name}" for name in new]
-    if left := {name for names in plan.values() for name in names} ^ set(shapes):
-        raise RuntimeError(f"the GlmForCausalLM of this transformers has other tensors: {sorted(left)}")
+    unlike = set(chain.from_iterable(plan.values())) ^ set(shapes)
+    if unlike:
+        raise RuntimeError(f"the GlmForCausalLM of this transformers has other tensors: {sorted(unlike)}")
     return plan, shapes
 
 
 def convert_shard(tensors, plan, shapes, where):
-    """GlmForCausalLM's tensors from one shard's. Takes from `plan` what it uses, so that nothing is used twice."""
-    out, unknown = {}, []
+    """{name: tensor} for GlmForCausalLM, from the tensors of one shard. Removes from `plan` what it has converted."""
+    converted, unknown = {}, []
     for full_name, tensor in tensors.items():
         name = full_name.removeprefix("transformer.")
         if name == BUFFER:
@@ -236,18 +234,18 @@ def convert_shard(tensors, plan, shapes, where):
             continue
         targets = plan.pop(name)
         rows = [shapes[target][0] for target in targets]
-        if list(tensor.shape) != (wanted := [sum(rows), *shapes[targets[0]][1:]]):
-            raise InputError(f"{where}: {full_name} has the shape {list(tensor.shape)}, by config.json it is {wanted}")
-        out.update(zip(targets, (part.contiguous() for part in tensor.split(rows))))
+        wanted = [sum(rows), *shapes[targets[0]][1:]]
+        if list(tensor.shape) != wanted:
+            raise InputError(f"{where}: {full_name} has the shape {list(tensor.shape)}, config.json asks for {wanted}")
+        for target, part in zip(targets, tensor.split(rows)):
+            converted[target] = part.contiguous()
     if unknown:
-        raise InputError(f"{where}: no tensor of this ChatGLM2, or in two shards: {', '.join(unknown[:20])}")
-    return out
+        raise InputError(f"{where}: not tensors of this ChatGLM2, or in two shards: {', '.join(unknown[:20])}")
+    return converted
 
 
 def convert_weights(shards, config, out_dir):
-    """Write the weights of `shards` to `out_dir`, one safetensors file a shard, and set config.dtype. No more than one
-    shard is held at a time.
-    """
+    """Write the weights of `shards` to `out_dir`, one safetensors file a shard, one at a time; set config.dtype."""
     plan, shapes = plan_tensors(config)
     weight_map, total = {}, 0
     with tqdm(total=sum(path.stat().st_size for path in shards), unit="B", unit_scale=True, desc="weights") as bar:
@@ -262,8 +260,8 @@ def convert_weights(shards, config, out_dir):
             del tensors  # before the next shard is opened
             bar.update(path.stat().st_size)
     if plan:
-        lacking = ", ".join(f"transformer.{name}" for name in list(plan)[:20])
-        raise InputError(f"{shards[0].parent}: {len(plan)} tensors are in none of the shards: {lacking}")
+        missing = ", ".join(f"transformer.{name}" for name in list(plan)[:20])
+        raise InputError(f"{shards[0].parent}: {len(plan)} tensors are in none of the shards: {missing}")
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_json(out_dir / "model.safetensors.index.json", index)
@@ -272,55 +270,87 @@ def convert_weights(shards, config, out_dir):
 # ---- tokenizer -------------------------------------------------------------------------------------------------------
 
 
-def build_tokenizer(path):
-    """The published ChatGLMTokenizer over the sentencepiece model `path`, as a fast tokenizer: the same ids for any
-    text. Raises InputError where the model is of another kind.
-    """
-    check_file(path)
+def read_sentencepiece(path):
+    """The sentencepiece model `path`. Raises InputError if it is of another kind than ChatGLM2's."""
+    check_files([path])
     try:
         sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError):
-        raise InputError(f"{path} is no sentencepiece model: download it again") from None
-    pieces = [sp.id_to_piece(i) for i in range(sp.vocab_size())]
-    like_ours = sum(map(sp.is_byte, range(len(pieces)))) == 256 and min(sp.bos_id(), sp.eos_id()) >= 0
-    if not like_ours or sp.normalize("  ﬁ：\t\n b ") != "▁▁▁ﬁ：\t\n▁b▁":
+        raise InputError(f"{path} is not a sentencepiece model: {DOWNLOAD}") from None
+    has_bytes = sum(map(sp.is_byte, range(sp.vocab_size()))) == 256
+    if not has_bytes or min(sp.bos_id(), sp.eos_id()) < 0 or sp.normalize("  ﬁ：\t\n b ") != "▁▁▁ﬁ：\t\n▁b▁":
         raise InputError(f"{path}: ChatGLM2's has byte pieces, <s>, </s>, keeps every character and puts ▁ in front")
+    return sp
 
-    # A piece spelled as a special name gets that one's id, as published; its own id is met in no text.
-    special = {name: len(pieces) + i for i, name in enumerate(SPECIAL)}
-    vocab = {piece + UNUSED * (piece in special): i for i, piece in enumerate(pieces)} | special
-    # Sentencepiece joins the neighbours whose joint piece scores best, so every way to cut a piece in two is a merge.
+
+def make_merges(sp, pieces):
+    """The merges of a BPE that cuts texts as sentencepiece does, the strongest first: list of (left, right).
+    Sentencepiece joins the neighbours whose joint piece scores best, so every way to cut a piece in two is a merge.
+    """
     kinds = (sp.is_byte, sp.is_control, sp.is_unknown, sp.is_unused)
     normal = [i for i in range(len(pieces)) if not any(kind(i) for kind in kinds)]
     ranked = [pieces[i] for i in sorted(normal, key=lambda i: -sp.get_score(i))]
     known = set(ranked)
-    cuts = ((piece[:at], piece[at:]) for piece in ranked for at in range(1, len(piece)))
-    merges = [(left, right) for left, right in cuts if left in known and right in known]
-    # The special names are no added tokens, which would be cut out of words and of what people write. Only at the head
-    # of a rendered chat are [gMASK] and sop split off, and looked up whole (ignore_merges).
-    tokenizer = Tokenizer(models.BPE(vocab, merges, byte_fallback=True, ignore_merges=True))
+    merges = []
+    for piece in ranked:
+        for cut in range(1, len(piece)):
+            if piece[:cut] in known and piece[cut:] in known:
+                merges.append((piece[:cut], piece[cut:]))
+    return merges
+
+
+def add_prefix_rules(tokenizer):
+    """Put ▁ in front of a text and for its blanks. The special names are not added tokens, which would be cut out of
+    words and of what people write: only at the head of a rendered chat [gMASK] and sop are split off and found whole.
+    """
     replace = normalizers.Replace
     front = r"\A(?!\[gMASK\]sop\[Round 1\]|\z)|(?<=\A\[gMASK\]sop)(?=\[Round 1\])"
     tokenizer.normalizer = normalizers.Sequence([replace(Regex(front), "▁"), replace(" ", "▁")])
     head = r"\A\[gMASK\](?=sop▁\[Round▁1\])|(?<=\A\[gMASK\])sop(?=▁\[Round▁1\])"
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(head), "isolated")
-    # ByteFallback turns a run of bytes that is broken anywhere into U+FFFD as a whole: ASCII bytes mustn't be in it.
-    unk, bos, eos = (pieces[i] for i in (sp.unk_id(), sp.bos_id(), sp.eos_id()))
-    silent = "|".join(map(re.escape, (*special, unk, bos, eos)))
+
+
+def make_decoder(silent):
+    """ids -> text as published: the tokens `silent` give no text, broken UTF-8 becomes U+FFFD."""
     replace = decoders.Replace
-    decoder = [replace(Regex(rf"\A(?:{silent})\z"), ""), *(replace(f"<0x{i:02X}>", chr(i)) for i in range(128))]
-    decoder += [replace(UNUSED, ""), decoders.ByteFallback(), decoders.Fuse(), replace(Regex(r"\A▁"), "")]
-    tokenizer.decoder = decoders.Sequence([*decoder, replace("▁", " ")])
+    names = "|".join(map(re.escape, silent))
+    steps = [replace(Regex(rf"\A(?:{names})\z"), "")]
+    # ByteFallback turns a run of bytes that is broken anywhere into U+FFFD as a whole, so ASCII bytes come first.
+    steps += [replace(f"<0x{i:02X}>", chr(i)) for i in range(128)]
+    steps += [replace(UNREACHABLE, ""), decoders.ByteFallback(), decoders.Fuse()]
+    return decoders.Sequence([*steps, replace(Regex(r"\A▁"), ""), replace("▁", " ")])
+
+
+def check_ids(path, tokenizer, sp, pieces, ids):
+    """Compare with sentencepiece itself on every piece, alone and beside another one. `ids`: {piece or name: id}.
+    Raises InputError where they differ.
+    """
+    texts = pieces + [piece + pieces[i * 7919 % len(pieces)] for i, piece in enumerate(pieces)]
+    for text, ours in zip(texts, tokenizer.encode_batch(texts, add_special_tokens=False)):
+        if ours.ids != [ids[piece] for piece in sp.encode(text, out_type=str)]:
+            raise InputError(f"{path}: {text!r} gets other ids than sentencepiece gives: unlike ChatGLM2's")
+
+
+def build_tokenizer(path):
+    """The published ChatGLMTokenizer over the sentencepiece model `path`, as a fast tokenizer: the same ids for any
+    text. Raises InputError where the model is of another kind.
+    """
+    sp = read_sentencepiece(path)
+    pieces = [sp.id_to_piece(i) for i in range(sp.vocab_size())]
+    unk, bos, eos = (pieces[i] for i in (sp.unk_id(), sp.bos_id(), sp.eos_id()))
+    special = {name: len(pieces) + i for i, name in enumerate(SPECIAL)}
+    # A piece that is spelled like a special name gets that one's id, as published; no text gets the piece's own id.
+    vocab = {piece + UNREACHABLE * (piece in special): i for i, piece in enumerate(pieces)} | special
+    merges = make_merges(sp, pieces)
+    tokenizer = Tokenizer(models.BPE(vocab, merges, byte_fallback=True, ignore_merges=True))
+    add_prefix_rules(tokenizer)
+    tokenizer.decoder = make_decoder([*special, unk, bos, eos])
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[gMASK] sop $A",
         pair=f"[gMASK] sop $A $B {eos}",
         special_tokens=[*special.items(), (eos, sp.eos_id())],
     )
-    # A last look, with sentencepiece itself: every piece, alone and beside another one.
-    texts = pieces + [piece + pieces[i * 7919 % len(pieces)] for i, piece in enumerate(pieces)]
-    for text, ours in zip(texts, tokenizer.encode_batch(texts, add_special_tokens=False)):
-        if ours.ids != [special.get(piece, vocab.get(piece)) for piece in sp.encode(text, out_type=str)]:
-            raise InputError(f"{path}: {text!r} gets other ids than sentencepiece gives: unlike ChatGLM2's")
+    check_ids(path, tokenizer, sp, pieces, vocab)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         unk_token=unk,
@@ -346,8 +376,8 @@ def parse_args():
 def main():
     args = parse_args()
     if args.out_dir.is_file() or args.out_dir.is_dir() and any(args.out_dir.iterdir()):
-        raise InputError(f"{args.out_dir} is there already: remove it or give another OUT_DIR")
-    check_folder(args.source)
+        raise InputError(f"{args.out_dir} exists already: remove it or give another OUT_DIR")
+    check_links(args.source)
     config = convert_config(args.source)
     shards = find_shards(args.source)
     tokenizer = build_tokenizer(args.source / "tokenizer.model")
@@ -355,15 +385,16 @@ def main():
         raise InputError(f"{args.source}: tokenizer.model has more tokens than config.json's padded_vocab_size")
     size = sum(path.stat().st_size for path in shards)
     args.out_dir.parent.mkdir(parents=True, exist_ok=True)
-    if (free := shutil.disk_usage(args.out_dir.parent).free) < size:
+    free = shutil.disk_usage(args.out_dir.parent).free
+    if free < size:
         raise InputError(f"{args.out_dir}: {size / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free there")
-    with replacing(args.out_dir) as part:
+    with atomic_write(args.out_dir) as part:
         part.mkdir()
         convert_weights(shards, config, part)
         config.save_pretrained(part)
         GenerationConfig(eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id).save_pretrained(part)
         tokenizer.save_pretrained(part)
-        for path in args.source.glob("*LICENSE*"):  # its terms go with every copy
+        for path in args.source.glob("*LICENSE*"):  # the terms belong to every copy
             shutil.copy(path, part)
     log(f"wrote {args.out_dir}: {config.num_hidden_layers} layers, {len(tokenizer)} tokens, {config.dtype}")
 

@@ -89,8 +89,15 @@ def first_line(error):
 
 
 def check_folder(folder):
-    """Raise InputError if a model's or an adapter's directory leads out of itself, by a link or by a file name in a
-    weight index, or holds git-lfs pointers. Links of a snapshot in the hub's cache to its blobs are allowed.
+    """Raise InputError if a model's or an adapter's directory leads out of itself or holds git-lfs pointers."""
+    check_links(folder)
+    for path in [*Path(folder).glob("*"), *Path(folder).glob("*/*")]:
+        check_pointer(path)
+
+
+def check_links(folder):
+    """Raise InputError if a directory leads out of itself, by a link or by a file name in a weight index. Links of a
+    snapshot in the hub's cache to its blobs are allowed.
     """
     folder = Path(folder)
     root = folder.resolve()
@@ -100,7 +107,6 @@ def check_folder(folder):
         if not any(target.is_relative_to(home) for home in homes):
             copy = f"cp -rL {folder} {str(folder).rstrip('/')}-copy"
             raise InputError(f"{path} is a link out of the directory, to {target}: copy it ({copy}) and use that")
-        check_pointer(path)
     for index in folder.glob("*.index.json"):
         names = read_json(index, weight_map=dict)["weight_map"].values()
         if wrong := [name for name in dict.fromkeys(map(str, names)) if Path(name).name != name]:

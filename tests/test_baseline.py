@@ -105,7 +105,6 @@ def test_models_with_the_same_f1_are_no_winner_and_a_loser(kit, write_csv):
     path = write_csv("few.csv", [few.columns, *few.values])
     done = kit("baseline.py", "--train", path, "--folds", 2)
     assert "equal in F1" in done.stdout and "the highest" not in done.stdout
-    assert "all test papers get label 0" in done.stderr
     refused = kit("baseline.py", "--train", path, "--folds", 2, "--model", "svm")
     assert refused.returncode == 2 and "--model svm with --folds 2" in refused.stderr
 
@@ -135,6 +134,12 @@ def test_papers_without_text_get_a_prediction(kit, tmp_path, write_csv):
     done = kit("baseline.py", "--test", write_csv("t.csv", rows))
     assert done.returncode == 0 and "1 papers of" in done.stderr and "no text" in done.stderr
     assert read_predictions(tmp_path / "outputs" / "baseline" / "test.csv")["uuid"].tolist() == ["1", "2"]
+
+
+def test_warns_where_all_test_papers_get_one_class(kit, write_csv):
+    rows = [["uuid", "title", "author", "abstract"], *([str(i), "Untitled", "", ""] for i in range(20))]
+    done = kit("baseline.py", "--test", write_csv("t.csv", rows))
+    assert done.returncode == 0 and "warning: 20 of 20 test papers get label" in done.stderr
 
 
 def test_says_what_is_odd_of_train_and_test(kit, write_csv):
