@@ -287,8 +287,8 @@ def check_uuids(path, uuids, numbers, labelled):
     if broken:
         raise InputError(f"{path}: column uuid has a line break in row {few(broken)}; is a quote missing there?")
     if rounded:
-        raise InputError(f"{path}: Excel has rounded the uuids in row {few(rounded)}: download the file again, or export "
-                         "it with the column as text")
+        raise InputError(f"{path}: Excel has rounded the uuids in row {few(rounded)}: download the file again, or "
+                         "export it with the column as text")
     if repeated:
         remedy = "remove the copies" if labelled else "every test paper counts, so download the file again"
         raise InputError(f"{path}: column uuid repeats {few(repeated)}; {remedy}")
