@@ -102,7 +102,7 @@ def encode(tokenizer, papers, fields, max_length):
     """Token ids of each paper, once for all epochs: a list of dicts with "input_ids" and, where known, "label". The
     abstract is the end of the text, so a paper that is too long loses the end of its abstract.
     """
-    texts = [hub.escape_special(tokenizer, text) for text in build_text(papers, fields)]
+    texts = [hub.escape_special(tokenizer, text) for text in build_text(papers, fields, names=True)]
     ids = tokenizer(texts, truncation=True, max_length=max_length, return_attention_mask=False)["input_ids"]
     if "label" not in papers:
         return [{"input_ids": row} for row in ids]

@@ -43,8 +43,8 @@ transformers.logging.disable_progress_bar()
 
 LAST = "last.safetensors"
 SHAPING = ("epochs", "batch_size", "lr", "warmup", "weight_decay", "patience", "class_weight")  # shape a model
-POOL = 50  # batches that are sorted by length together: enough for like lengths, few enough to keep the order random
 ON_CPU = 4  # papers that a CPU scores at a time: what its caches hold
+ENOUGH = 100  # held-out papers, without which nothing is called learned
 
 
 def add_training_flags(parser, epochs, batch_size, patience, at_once):
@@ -54,7 +54,7 @@ def add_training_flags(parser, epochs, batch_size, patience, at_once):
     add("--epochs", type=positive_int, default=epochs, metavar="N", help="default %(default)s")
     add("--batch-size", type=positive_int, default=batch_size, metavar="N", help="papers a step, default %(default)s")
     add("--accumulate", type=positive_int, metavar="N", help="pieces a batch is split into, to save memory: same "
-        f"result; default 1 with CUDA, else pieces of {at_once}, which a CPU computes faster")  # fmt: skip
+        f"result; default: pieces of {at_once}, which a CPU computes fastest, of {4 * at_once} with CUDA")  # fmt: skip
     add("--lr", type=bounded(float, 1e-9, 10), metavar="X", help="highest learning rate, default by model")
     add("--warmup", type=bounded(float, 0, 1), default=0.1, metavar="R", help="share of the steps, default %(default)s")
     add("--weight-decay", type=bounded(float, 0, 10), default=0.01, metavar="X", help="default %(default)s")
@@ -121,21 +121,21 @@ def in_float32(layer, inputs, output):
         return values if layer.bias is None else values + layer.bias.float()
 
 
-def length_batches(lengths, size, seed=None):
-    """Split papers into batches of at most `size` of like length. With a seed they are shuffled, by it alone; without
-    one they go from the longest down, so that what needs most memory comes first. Returns a list of int arrays.
+def draw_batches(lengths, size, seed):
+    """Split papers at random into batches of `size`, in each the shortest first: pieces of it need little padding. A
+    list of int arrays, drawn from the seed alone.
     """
-    lengths = np.asarray(lengths)
-    if seed is None:
-        order = np.argsort(-lengths, kind="stable")
-        return [order[i : i + size] for i in range(0, len(order), size)]
-    random = np.random.default_rng(seed)
-    order, batches = random.permutation(len(lengths)), []
-    for start in range(0, len(order), size * POOL):
-        pool = order[start : start + size * POOL]
-        pool = pool[np.argsort(lengths[pool], kind="stable")]
-        batches += [pool[i : i + size] for i in range(0, len(pool), size)]
-    return [batches[i] for i in random.permutation(len(batches))]
+    order, lengths = np.random.default_rng(seed).permutation(len(lengths)), np.asarray(lengths)
+    batches = [order[i : i + size] for i in range(0, len(order), size)]
+    return [batch[np.argsort(lengths[batch], kind="stable")] for batch in batches]
+
+
+def length_batches(lengths, size):
+    """Split papers into batches of like length, the longest first, for what needs most memory must come first. A list
+    of int arrays.
+    """
+    order = np.argsort(-np.asarray(lengths), kind="stable")
+    return [order[i : i + size] for i in range(0, len(order), size)]
 
 
 def rate(step, steps, warmup, shape):
@@ -303,10 +303,16 @@ class Run:
     parallel: torch.nn.Module = None  # model and optimizer as accelerate wraps them
     stepper: object = None
     saved: float = field(default_factory=time.perf_counter)  # when the last checkpoint was written
+    timed: bool = False  # whether the log says how long it will take
 
     def batches(self, epoch):
         lengths = [len(paper["input_ids"]) for paper in self.train]
-        return length_batches(lengths, self.args.batch_size, (self.args.seed, epoch))
+        return draw_batches(lengths, self.args.batch_size, (self.args.seed, epoch))
+
+    def cooling(self):
+        """What the learning rate is multiplied with: 1, and from the step on at which all is learned down to 0."""
+        cool, stop = self.state["cool"], self.state["stop"]
+        return 1 if stop is None else (stop - self.state["batch"]) / (stop - cool)
 
     def save_last(self):
         scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler else None
@@ -314,14 +320,16 @@ class Run:
 
 
 def fit(accelerator, model, task, train, held_out, folder, args, settings, shape="linear"):
-    """Train, keep the best epoch by F1 on the held-out papers (then by log-loss), and stop early.
+    """Train, keep the best epoch by F1 on the held-out papers (then by log-loss), and stop early: after `patience`
+    epochs without a better one, or within an epoch as soon as the task is learned, see check_learned.
 
     train, held_out: lists of papers. folder: where best/, last.safetensors and log.csv go. settings: dict (JSON) of all
     that shapes the result, which a resumed run must share. shape: of the learning rate, see rate().
     Returns a dict with history (a dict an epoch), seconds and papers (both of the training steps alone).
     """
     if not args.accumulate:
-        args.accumulate = 1 if accelerator.device.type == "cuda" else -(-args.batch_size // args.at_once)
+        at_once = 4 * args.at_once if accelerator.device.type == "cuda" else args.at_once
+        args.accumulate = -(-args.batch_size // at_once)
     model.to(accelerator.device)
     optimizer = make_optimizer(model, args)
     state = start_state(model, optimizer, folder, args, json.loads(json.dumps(settings)))
@@ -370,7 +378,8 @@ def start_state(model, optimizer, folder, args, settings):
     state = read_state(folder / LAST) if args.resume else None
     if state is None:
         counts = {"epoch": 0, "batch": 0, "loss": 0.0, "seconds": 0.0, "papers": 0}
-        return {"settings": settings, **counts, "history": [], "scaler": None, "finished": False}
+        learned = {"checked": [0, 0.0], "passed": 0, "cool": None, "stop": None}  # see check_learned
+        return {"settings": settings, **counts, **learned, "history": [], "scaler": None, "finished": False}
     if state["settings"] != settings:
         changed = results.describe_changes(state["settings"], settings)
         raise InputError(f"--resume: {folder} holds a run with other settings or papers: {changed}; give the old ones, "
@@ -388,19 +397,61 @@ def train_epoch(run):
     bar = progress(accelerator, len(run.train), f"epoch {epoch}", seen)
     total, started = torch.zeros((), device=accelerator.device), time.perf_counter()
     run.model.train()
-    for place in range(state["batch"], len(batches)):
+    while state["batch"] < (state["stop"] or len(batches)):
+        place = state["batch"]
         with step_advice(args, accelerator.num_processes):
             total += train_step(run, batches[place], (epoch - 1) * len(batches) + place, args.epochs * len(batches))
         bar.update(len(batches[place]))
         seen += len(batches[place])
         state["batch"], state["papers"] = place + 1, state["papers"] + len(batches[place])
-        last = place + 1 == len(batches)
+        last = place + 1 == (state["stop"] or len(batches))
         if place % 10 == 9 or last:
             state["seconds"] += time.perf_counter() - started
-            meet(run, total, last)
+            overdue = meet(run, total)
             bar.set_postfix(loss=f"{state['loss'] / seen:.4f}", refresh=False)
+            if not last:
+                say_duration(run)
+                check_learned(run, len(batches))
+            if overdue and not last:
+                save_now(run)
             started = time.perf_counter()
     bar.close()
+
+
+def say_duration(run):
+    """After the first steps of a run, say how long all of it will take."""
+    state, papers = run.state, run.args.epochs * len(run.train)
+    if not run.timed:
+        run.timed = True
+        minutes = (papers - state["papers"]) * state["seconds"] / state["papers"] / 60
+        if minutes >= 1:
+            log(f"about {minutes:.0f} minutes for what is left of {run.args.epochs} epochs, less if it learns before")
+
+
+def check_learned(run, steps):
+    """Now and then, if the training loss is low, score held-out papers within an epoch: a hundred of them and, when all
+    of these are right, the next time all. If all are right twice running, the learning rate falls to 0 over a tenth as
+    many steps again, and training ends. With fewer than a hundred held-out papers, or where a model never gets all
+    right, nothing changes: the epochs decide. `steps`: of an epoch.
+    """
+    state, every = run.state, max(10, steps // 80 * 10)
+    if len(run.held_out) < ENOUGH or state["stop"] or state["batch"] % every:
+        return
+    (before, loss_before), now = state["checked"], (state["papers"], state["loss"])
+    state["checked"] = list(now)
+    if before == 0 or (now[1] - loss_before) > 0.1 * (now[0] - before):
+        return
+    papers = run.held_out if state["passed"] else run.held_out[:ENOUGH]
+    guess = predict(run.accelerator, run.model, papers, run.task, run.args.batch_size)
+    run.model.train()
+    wrong = int(((guess >= 0.5) != [paper["label"] for paper in papers]).sum())
+    state["passed"] = 0 if wrong else state["passed"] + 1
+    done = state["batch"] / steps
+    log(f"epoch {state['epoch'] + 1}, {done:.0%}: {wrong} of {len(papers)} held-out papers are wrong")
+    if state["passed"] == 2:
+        state["cool"] = state["batch"]
+        state["stop"] = min(steps, state["cool"] + max(10, (state["epoch"] * steps + state["batch"]) // 10))
+        log("learned: the learning rate falls to 0 now, and training ends")
 
 
 def train_step(run, batch, step, steps):
@@ -409,11 +460,11 @@ def train_step(run, batch, step, steps):
     rank, pieces = accelerator.process_index, args.accumulate * processes
     torch.manual_seed(args.seed + 1_000_003 * step + 7919 * rank)
     for group in run.optimizer.param_groups:
-        group["lr"] = args.lr * rate(step, steps, args.warmup, run.shape)
-    total = 0
+        group["lr"] = args.lr * rate(step, steps, args.warmup, run.shape) * run.cooling()
+    total, parts = 0, np.array_split(batch, pieces)
     for i in range(rank, pieces, processes):
         # Every process must take part in each backward pass: without a paper of its own, with one that counts nothing.
-        piece, counts = (batch[i::pieces], 1) if i < len(batch) else (batch[:1], 0)
+        piece, counts = (parts[i], 1) if len(parts[i]) else (batch[:1], 0)
         with nullcontext() if i + processes >= pieces else accelerator.no_sync(run.parallel):
             losses = run.task.losses(run.parallel, [run.train[j] for j in piece])
             loss = counts * (losses * losses.new_tensor(run.weights[piece])).sum()
@@ -425,21 +476,23 @@ def train_step(run, batch, step, steps):
     return total
 
 
-def meet(run, total, last):
+def meet(run, total):
     """Every tenth step the processes meet: the loss is summed (and `total` set to 0), and the first one's clock says
-    whether to save.
+    whether a checkpoint is due, which is returned.
     """
-    main = run.accelerator.is_main_process
-    overdue = time.perf_counter() - run.saved >= 60 * run.args.save_minutes and main
-    loss, overdue = run.accelerator.reduce(torch.stack([total, total.new_tensor(overdue)])).tolist()
+    overdue = run.accelerator.is_main_process and time.perf_counter() - run.saved >= 60 * run.args.save_minutes
+    loss, overdue = run.accelerator.reduce(torch.stack([total, total.new_tensor(float(overdue))])).tolist()
     total.zero_()
     run.state["loss"] += loss
     if not math.isfinite(loss):
         raise InputError(f"the loss became NaN in epoch {run.state['epoch'] + 1}: try --lr {run.args.lr / 3:.1e}")
-    if overdue and not last:
-        if main:
-            run.save_last()
-        run.saved = time.perf_counter()
+    return overdue > 0
+
+
+def save_now(run):
+    if run.accelerator.is_main_process:
+        run.save_last()
+    run.saved = time.perf_counter()
 
 
 def rank_of(epoch):
@@ -450,17 +503,19 @@ def rank_of(epoch):
 def score_epoch(run):
     """Score the held-out papers after an epoch, write the checkpoints, and decide whether training is over."""
     state, args = run.state, run.args
-    epoch, train_loss = state["epoch"] + 1, state["loss"] / len(run.train)
+    epoch, train_loss = state["epoch"] + 1, state["loss"] / min(len(run.train), state["batch"] * args.batch_size)
     guess = predict(run.accelerator, run.model, run.held_out, run.task, args.batch_size)
     values = results.scores([paper["label"] for paper in run.held_out], guess)
     history = state["history"]
     better = rank_of(values) > max(map(rank_of, history), default=(-1, 0))
     history.append({"epoch": epoch, "train_loss": round(train_loss, 6), **values})
     best = max(range(len(history)), key=lambda i: rank_of(history[i]))
-    state |= {"epoch": epoch, "batch": 0, "loss": 0.0}
-    state["finished"] = epoch == args.epochs or len(history) - 1 - best >= args.patience
+    state |= {"epoch": epoch, "batch": 0, "loss": 0.0, "checked": [0, 0.0]}
+    state["finished"] = epoch == args.epochs or len(history) - 1 - best >= args.patience or state["stop"] is not None
+    left = (args.epochs - epoch) * len(run.train) * state["seconds"] / state["papers"] / 60
     log(f"epoch {epoch}: train loss {train_loss:.4f}; {len(run.held_out)} held out: accuracy {values['accuracy']:.4f}, "
-        f"f1 {values['f1']:.4f}, log-loss {values['log_loss']:.4f}{' (best so far)' if better else ''}")  # fmt: skip
+        f"f1 {values['f1']:.4f}, log-loss {values['log_loss']:.4f}{' (best so far)' if better else ''}"
+        + (f"; about {left:.0f} min left" if left >= 1 and not state["finished"] else ""))  # fmt: skip
     if run.accelerator.is_main_process:
         if better:
             with results.atomic_write(run.folder / "best") as part:
