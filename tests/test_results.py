@@ -62,7 +62,7 @@ def test_a_pipe_is_written_to(tmp_path):
     reader.start()
     put(pipe, "all of it")
     reader.join(10)
-    assert read == ["all of it"] and stat.S_ISFIFO(os.stat(pipe).st_mode) and os.listdir(tmp_path) == ["pipe.txt"]
+    assert read == ["all of it"] and pipe.is_fifo() and os.listdir(tmp_path) == ["pipe.txt"]
 
 
 def test_a_device_stays_one(tmp_path):
@@ -73,7 +73,7 @@ def test_a_device_stays_one(tmp_path):
     except OSError as error:
         pytest.skip(f"making a device isn't permitted: {error}")
     put(device, "gone")
-    assert stat.S_ISCHR(os.stat(device).st_mode) and os.listdir(tmp_path) == ["null.txt"]
+    assert device.is_char_device() and os.listdir(tmp_path) == ["null.txt"]
 
 
 @pytest.mark.parametrize("content", ["", "{", "[" * 5000, "5", "[]", '{"papers": 5, "fields": []}', '{"papers": {}}'])

@@ -47,7 +47,8 @@ def test_balanced_weights_let_both_classes_count_the_same():
 
 
 def test_plans_and_their_average():
-    train = pd.DataFrame({"uuid": [f"u{i}" for i in range(30)], "label": [0, 1, 1] * 10})
+    names = [f"u{i}" for i in range(30)]
+    train = pd.DataFrame({"uuid": names, "title": names, "abstract": "", "label": [0, 1, 1] * 10})
     split = {"seed": 42, "valid_ratio": 0.2, "folds": None, "seeds": None}
     (single,) = training.make_plans(train, split, 7)
     assert (single.name, single.seed, single.held_out.sum()) == (".", 7, 6)
