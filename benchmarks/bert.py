@@ -101,8 +101,9 @@ def load_kit_bert(args):
 
 
 def bert_train_kit(args):
-    import bert_finetune
     import training
+
+    import bert_finetune
 
     accelerator = training.make_accelerator("fp32")
     model, tokenizer, items = load_kit_bert(args)
@@ -116,8 +117,9 @@ def bert_train_kit(args):
 
 
 def bert_predict_kit(args):
-    import bert_finetune
     import training
+
+    import bert_finetune
 
     accelerator = training.make_accelerator("fp32")
     model, tokenizer, items = load_kit_bert(args)
@@ -180,7 +182,6 @@ def attention_dropout(args):
 def no_bucketing(args):
     """Training batches in random order, of whatever lengths, padded to their longest paper."""
     import numpy as np
-
     import training
 
     sorted_batches = training.length_batches

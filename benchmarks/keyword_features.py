@@ -12,10 +12,11 @@ import numpy as np
 KIT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(KIT))
 
-import common  # noqa: E402
-import extract_keywords  # noqa: E402
 import ranker  # noqa: E402
 from phrases import split_keywords  # noqa: E402
+
+import common  # noqa: E402
+import extract_keywords  # noqa: E402
 
 # What the names of a group's features begin with; the longest match counts. "alone" and "tf_idf" themselves stay, since
 # the ranker asks for them.

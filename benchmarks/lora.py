@@ -19,8 +19,9 @@ BATCH = 8
 def load_lora(args):
     """(accelerator, base model, tokenizer, prompts, flags of lora_finetune.py), of the embedded SmolLM2, 512 tokens."""
     import llm
-    import lora_finetune
     import training
+
+    import lora_finetune
 
     given = ["--epochs", "1", "--batch-size", str(BATCH), "--lr", "1e-3", "--no-gradient-checkpointing"]
     flags = papers.arguments(lora_finetune, *given, "--seed", str(args.round))
@@ -32,8 +33,9 @@ def load_lora(args):
 
 def lora_train_kit(args):
     import llm
-    import lora_finetune
     import training
+
+    import lora_finetune
 
     accelerator, model, tokenizer, prompts, flags = load_lora(args)
     scorer = llm.Scorer(lora_finetune.add_adapter(model, flags), tokenizer)
@@ -47,9 +49,8 @@ def lora_train_kit(args):
 
 def lora_train_trainer(args):
     """peft and the Trainer's default collator: all padded to 512, every token a label."""
-    from peft import LoraConfig, get_peft_model
-
     import llm
+    from peft import LoraConfig, get_peft_model
 
     _, model, tokenizer, prompts, _ = load_lora(args)
     model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules="all-linear"))

@@ -14,6 +14,7 @@ the test papers are read from test_labels.csv beside the test file, where there 
 """
 
 import argparse
+import contextlib
 import importlib
 import json
 import os
@@ -64,10 +65,8 @@ def describe_machine():
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     versions = {"Python": sys.version.split()[0]}
     for package in sorted({name for names in tables.VERSIONS.values() for name in names}):
-        try:
+        with contextlib.suppress(PackageNotFoundError):
             versions[package] = version(package)
-        except PackageNotFoundError:
-            pass
     return {
         "processor": names[0] if names else "unknown processor",
         "cores": os.cpu_count(),

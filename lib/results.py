@@ -93,7 +93,7 @@ def atomic_write(path):
                 if part.is_file():
                     with open(part, "r+b") as file:  # Windows syncs only what is open for writing
                         os.fsync(file.fileno())
-                os.replace(part, target)
+                part.replace(target)
     except OSError as error:
         if str(error.filename).startswith(str(part)):
             error.filename = str(path)

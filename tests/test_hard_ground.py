@@ -16,17 +16,17 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import hypothesis.strategies as st
+import models
 import pytest
 import test_convert_chatglm2
 import torch
+import training
 from conftest import KIT, SAMPLE
 from hypothesis import HealthCheck, given, settings
 from safetensors.torch import load_file
 
 import bert_finetune
 import common
-import models
-import training
 from common import InputError
 
 HEADER = ["uuid", "title", "author", "abstract", "Keywords", "label"]

@@ -71,7 +71,7 @@ def child(folder, command, moment, number):
     def audit(event, arguments):
         if event in CHANGES or event == "open" and "w" in str(arguments[1]):
             path = os.fsdecode(arguments[0]) if not isinstance(arguments[0], int) else "/dev"
-            if not os.path.isabs(path) or path.startswith(str(folder)):  # shutil.rmtree gives names alone
+            if not Path(path).is_absolute() or path.startswith(str(folder)):  # shutil.rmtree gives names alone
                 pass_moment()
 
     sys.argv = list(map(str, command))
