@@ -321,7 +321,7 @@ def shared_fields(train, test, wanted=None):
         lacking = [side for side, papers in sides.items() if name not in papers]
         empty = [side for side, papers in sides.items() if name in papers and is_empty(papers[name])]
         if lacking:
-            log(f"field {name} is left out: the {' and the '.join(lacking)} file has no such column")
+            log(f"field {name} is left out: no such column in {' and '.join(lacking)}")
         elif empty:
             log(f"warning: field {name} is left out: all its cells are empty in {' and '.join(empty)}")
         else:
