@@ -129,6 +129,13 @@ def test_same_command_same_result(kit, tmp_path, monkeypatch):
         assert (tmp_path / "a" / "baseline" / name).read_bytes() == (tmp_path / "b" / "baseline" / name).read_bytes()
 
 
+def test_tuning_keeps_the_author_weight_that_was_given(kit, tmp_path):
+    done = kit("baseline.py", "--tune", "--author-weight", 3, "--limit", 60)
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((tmp_path / "outputs" / "baseline" / "metrics.json").read_text())
+    assert metrics["settings"]["author_weight"] == 3 and "author" in metrics["fields"]
+
+
 def test_papers_without_text_get_a_prediction(kit, tmp_path, write_csv):
     rows = [["uuid", "title", "author", "abstract"], ["1", "", "", ""], ["2", "flu", "", ""]]
     done = kit("baseline.py", "--test", write_csv("t.csv", rows))
