@@ -32,7 +32,7 @@ from sklearn.svm import LinearSVC
 from tqdm import tqdm
 
 import common
-from common import InputError, few, log, number, positive_int, run_script
+from common import InputError, bounded, few, log, positive_int, run_script
 from lib import results
 from lib.results import scores
 
@@ -336,9 +336,9 @@ def parse_args():
     add("--model", choices=(*MODELS, "all"), default="lr", help="default %(default)s: " + str(MODELS))
     add("--ngrams", type=positive_int, default=2, metavar="N", help="runs of up to N words, default 2")
     add("--max-features", type=positive_int, metavar="N", help="only the N n-grams in most papers, default all")
-    add("--author-weight", type=number(float, 0, 1e6), metavar="W", help="default 2, or 0 if that does better")
-    add("--strength", type=number(float, 1e-6, 1e6), help="C of lr and svm, alpha of nb, least papers in a leaf of rf")
-    add("--folds", type=number(int, 2, 1000), default=5, metavar="K", help="default %(default)s")
+    add("--author-weight", type=bounded(float, 0, 1e6), metavar="W", help="default 2, or 0 if that does better")
+    add("--strength", type=bounded(float, 1e-6, 1e6), help="C of lr and svm, alpha of nb, least papers in a leaf of rf")
+    add("--folds", type=bounded(int, 2, 1000), default=5, metavar="K", help="default %(default)s")
     add("--tune", action="store_true", help="grid search over strength and author weight")
     args = parser.parse_args()
     if args.strength is not None and (args.model == "all" or args.tune):

@@ -24,13 +24,13 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from common import (
     InputError,
     arg_parser,
+    bounded,
     build_text,
     few,
     fingerprint,
     load_papers,
     load_test,
     log,
-    number,
     positive_int,
     run_script,
 )
@@ -221,7 +221,7 @@ def parse_args():
     add("--model", default="auto", metavar="M", help=f"hub name, directory, 'embedded' (MiniLM), or 'auto': {AUTO} "
         "with CUDA, embedded without")  # fmt: skip
     add("--max-length", type=positive_int, default=512, metavar="N", help="tokens a paper, default %(default)s")
-    add("--dropout", type=number(float, 0, 0.9), default=0.0, metavar="R", help="default 0; of the attention always 0")
+    add("--dropout", type=bounded(float, 0, 0.9), default=0.0, metavar="R", help="default 0; of the attention always 0")
     add("--short-copies", action=argparse.BooleanOptionalAction, default=True,
         help="also train on each paper without its abstract, and on its authors alone")  # fmt: skip
     add("--name", default="bert", help="folder under --out-dir, default %(default)s")

@@ -7,13 +7,17 @@
 
 import argparse
 import csv
+import gzip
 import hashlib
 import html
 import io
 import logging
 import os
+import re
 import sys
+import time
 import unicodedata
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +26,15 @@ import pandas as pd
 HERE = Path(__file__).resolve().parent
 FIELDS = ("title", "author", "abstract", "Keywords")
 REQUIRED = ("uuid", "title", "abstract")
-LABELS = {"0": 0, "1": 1, "0.0": 0, "1.0": 1}
 MAX_COLUMNS = 1000
+PLACEHOLDERS = {"", "nan", "none", "null", "nil", "n/a", "#n/a", "-", "--", "?", "tmp", "unknown", "无", "暂无"}
+INVISIBLE = dict.fromkeys([0xAD, 0x61C, 0xFEFF, *range(0x200B, 0x2010), *range(0x202A, 0x202F), *range(0x2060, 0x2070)])
+# Tags of JATS and HTML as abstracts have them; those within a word are removed, others are like a blank.
+ATTRIBUTES = r"""(?:\s+[\w:.-]+\s*=\s*(?:"[^"]*"|'[^']*'))*\s*/?>"""
+WITHIN = r"sub|sup|i|b|u|em|strong|italic|bold|sc|tt|span|font|a|underline|monospace|ext-link|xref|styled-content"
+BETWEEN = r"p|br|div|title|sec|abstract|label|list|list-item|ul|ol|li|h[1-6]|table|tr|td|th|tbody|inline-formula|math"
+TAG_WITHIN = re.compile(rf"</?(?:jats:)?(?:{WITHIN}){ATTRIBUTES}", re.IGNORECASE)
+TAG_BETWEEN = re.compile(rf"</?(?:jats:[\w-]+|mml:[\w-]+|{BETWEEN}){ATTRIBUTES}", re.IGNORECASE)
 logging.getLogger("matplotlib").setLevel(logging.ERROR)  # silent about where its cache goes if the home is read-only
 
 
@@ -31,9 +42,13 @@ class InputError(Exception):
     """Wrong input or flags: shown as one line on stderr, exit code 2."""
 
 
+class Process:
+    first = True  # of the processes that train together; training.make_accelerator sets it
+
+
 def log(message):
     """Print a line to stderr, from the first process only."""
-    if os.environ.get("RANK", "0") == "0":
+    if Process.first:
         print(message, file=sys.stderr, flush=True)
 
 
@@ -58,6 +73,8 @@ def run_script(main):
         message, code = f"{error.filename or 'input/output'}: {error.strerror or error}", 2
     except KeyboardInterrupt as error:  # its text may say how to go on
         message, code = f"interrupted{'; ' if str(error) else ''}{error}", 130
+    if not Process.first:
+        time.sleep(3)  # let the first say it: the launcher ends all as soon as one has ended
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
     sys.exit(code)
 
@@ -73,22 +90,61 @@ def few(values, most=5):
 
 
 def clean(text):
-    """Resolve HTML entities, normalise to Unicode NFKC, make every run of white space one blank."""
+    """Resolve HTML entities, remove tags and invisible characters, normalise to Unicode NFKC, make every run of white
+    space one blank: 'CO<sub>2</sub>&nbsp;emis\xadsion' -> 'CO2 emission'.
+    """
     if "&" in text:
         try:
             text = html.unescape(text)
         except ValueError:  # a character reference of thousands of digits
             pass
+    if "<" in text:
+        text = TAG_BETWEEN.sub(" ", TAG_WITHIN.sub("", text))
     if not text.isascii():
-        text = unicodedata.normalize("NFKC", text)
+        text = unicodedata.normalize("NFKC", text.translate(INVISIBLE))
     return " ".join(text.split())
+
+
+def read_label(cell):
+    """A label as people and programs write it, as 0 or 1: '1', '1.0', 'TRUE'; else None."""
+    text = clean(cell).casefold()
+    try:
+        value = {"false": 0, "true": 1}[text] if text.isalpha() else float(text)
+    except (KeyError, ValueError):
+        return None
+    return int(value) if value in (0, 1) else None
+
+
+def read_bytes(path):
+    """The bytes of a CSV file, unpacked if it was packed with zip or gzip. Raises InputError if it is no such file."""
+    data = Path(path).read_bytes()
+    if data.startswith(b"\x1f\x8b"):
+        try:
+            return gzip.decompress(data)
+        except (OSError, EOFError):
+            raise InputError(f"{path} is a damaged gzip file: copy it again") from None
+    if data.startswith(b"PK\x03\x04"):
+        try:
+            with zipfile.ZipFile(io.BytesIO(data)) as archive:
+                inside = [name for name in archive.namelist() if name.lower().endswith(".csv")]
+                own = [name for name in inside if Path(name).stem == Path(path).name.split(".")[0]] or inside
+                if len(own) == 1:
+                    return archive.read(own[0])
+                excel = "xl/workbook.xml" in archive.namelist()
+        except (zipfile.BadZipFile, RuntimeError, OSError):
+            raise InputError(f"{path} is a damaged zip file: copy it again") from None
+        if not excel:
+            raise InputError(f"{path} is a zip file with {len(inside)} CSV files: unpack it and give one of them")
+    if data.startswith((b"PK\x03\x04", b"\xd0\xcf\x11\xe0")):
+        raise InputError(f"{path} is an Excel workbook, not a CSV file: in Excel, save it as 'CSV UTF-8'")
+    if data.startswith(b"version https://git-lfs"):
+        raise InputError(f"{path} is a git-lfs pointer, not the file itself: run `git lfs pull` where it came from")
+    return data
 
 
 def find_encoding(path, data):
     """The encoding of a CSV file's bytes: 'utf-8-sig', 'utf-16' or 'gb18030'. Raises InputError if it is no text."""
     start = data[:4096].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    if start.startswith((b"pk\x03\x04", b"\xd0\xcf\x11\xe0")):
-        raise InputError(f"{path} is an Excel workbook, not a CSV file: in Excel, save it as 'CSV UTF-8'")
     if start.startswith((b"<!doctype", b"<html", b"<?xml", b"<head", b"<body")):
         raise InputError(f"{path} is a web page, not a CSV file: download it again (a log-in page is often the cause)")
     likely = "utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
@@ -104,7 +160,7 @@ def find_encoding(path, data):
 
 
 def is_gb18030(data):
-    """Whether bytes that are not UTF-8 are GB18030, rather than UTF-8 with a few damaged bytes, or Latin-1."""
+    """Whether bytes that are not UTF-8 are GB18030, rather than UTF-8 with a few damaged bytes, or Windows-1252."""
     try:
         text = data.decode("gb18030")
     except UnicodeDecodeError:
@@ -113,21 +169,43 @@ def is_gb18030(data):
     as_utf8 = [c for c in data.decode("utf-8", "replace") if not c.isascii()]
     if "\0" in text or as_utf8.count("\ufffd") <= 0.2 * len(as_utf8):
         return False
-    # Latin-1 "é" and the letter after it look like one Chinese character, but one that is rare in Chinese.
-    pairs = [c.encode("gb18030") for c in text if not c.isascii()]
-    return sum(pair[0] >= 0xC0 and pair[1] < 0x80 for pair in pairs) < 0.5 * len(pairs)
+    # "é" or "’" of Windows and the letter after it look like one Chinese character, but one that is rare in Chinese.
+    # Rows 0xA8 and 0xA9 hold signs such as the dash, which are not rare.
+    encoded = [c.encode("gb18030") for c in text if not c.isascii()]
+    pairs = [pair for pair in encoded if len(pair) == 2 and pair[0] not in (0xA8, 0xA9)]
+    return sum(pair[1] < 0x80 for pair in pairs) <= 0.2 * len(pairs)
 
 
 def read_rows(path):
     """Header, rows and row numbers of a CSV file. The header is row 1, as in a spreadsheet; blank rows are skipped."""
     csv.field_size_limit(2**31 - 1)  # the default is shorter than an abstract that lost its closing quote
-    data = Path(path).read_bytes()
-    file = io.TextIOWrapper(io.BytesIO(data), encoding=find_encoding(path, data), newline="")
-    delimiter = max(",;\t|", key=file.readline().count)  # a European Excel writes ';'
-    file.seek(0)
-    rows, numbers, number, width = [], [], 0, 0
+    data = read_bytes(path)
+    encoding = find_encoding(path, data)
     try:
-        for number, row in enumerate(csv.reader(file, delimiter=delimiter, strict=True), 1):
+        return parse_rows(path, data, encoding)
+    except InputError as error:
+        if b'\\"' in data:  # some programs write \" for a quote within a cell
+            try:
+                return parse_rows(path, data, encoding, doublequote=False, escapechar="\\")
+            except InputError:
+                pass
+        raise error
+
+
+def parse_rows(path, data, encoding, **dialect):
+    """read_rows for known bytes and encoding. Raises InputError that names the row."""
+    file = io.TextIOWrapper(io.BytesIO(data), encoding=encoding, newline="")
+    first = file.readline()
+    told = re.fullmatch(r"sep=(.)", first.strip())  # a line for Excel
+    skip = 1 if told else 0
+    delimiter = told[1] if told else max(",;\t|", key=first.count)  # a European Excel writes ';'
+    if not told:
+        file.seek(0)
+    spaced = f'"{delimiter} "'.encode() in data[:100_000]  # "a", "b": the blank belongs to no cell
+    rows, numbers, number, width = [], [], skip, 0
+    try:
+        reader = csv.reader(file, delimiter=delimiter, strict=True, skipinitialspace=spaced, **dialect)
+        for number, row in enumerate(reader, 1 + skip):
             if not any(map(str.strip, row)):
                 continue
             if not rows:  # bare delimiters at the end of the header are not columns
@@ -135,8 +213,8 @@ def read_rows(path):
                 if width > MAX_COLUMNS:
                     raise InputError(f"{path}: the header has {width} columns: this is not a papers file")
             if len(row) < width or any(row[width:]):
-                raise InputError(f"{path}: row {number} has {len(row)} cells, the header has {width}: the file was cut "
-                                 "off or a quote is missing; fix the row or copy the file again")
+                raise InputError(f"{path}: row {number} has {len(row)} cells, the header has {width}: the file was "
+                                 "cut off or a quote is missing; fix the row or copy the file again")
             rows.append(row[:width])
             numbers.append(number)
     except csv.Error as error:
@@ -157,7 +235,7 @@ def read_papers(path, labelled=False):
         raise InputError(f"{path}: no such file; data/README.md says where the competition's files go")
     header, rows, numbers = read_rows(path)
     required = [*REQUIRED, "label"] if labelled else [*REQUIRED]
-    known = {name.casefold(): name for name in (*FIELDS, *required)}
+    known = {name.casefold(): name for name in (*FIELDS, *required, "label")}
     header = [name.replace("\ufeff", "").strip() for name in header]  # two programs may have put a BOM in front
     header = [known.get(name.casefold(), name) for name in header]
     if missing := [name for name in required if name not in header]:
@@ -168,32 +246,52 @@ def read_papers(path, labelled=False):
         raise InputError(f"{path} has a header but no rows: copy the file again")
     columns = dict(zip(header, zip(*rows)))
     del rows
-    check_uuids(path, columns["uuid"], numbers)
+    check_uuids(path, columns["uuid"], numbers, labelled)
     for name in FIELDS:
         if name in columns:
             columns[name] = [clean(cell) for cell in columns[name]]
+    for name in ("author", "Keywords"):
+        if name in columns:
+            columns[name] = ["" if cell.casefold() in PLACEHOLDERS else cell for cell in columns[name]]
+            if says_nothing(columns[name]):
+                shown = few(set(columns[name])) or "empty"
+                log(f"warning: column {name} of {path} is left out: all its cells are {shown}")
+                del columns[name]
     if labelled:
-        columns["label"] = [LABELS.get(cell.strip()) for cell in columns["label"]]
+        columns["label"] = [read_label(cell) for cell in columns["label"]]
         if wrong := [number for number, label in zip(numbers, columns["label"]) if label is None]:
             raise InputError(f"{path}: column label is neither 0 nor 1 in row {few(wrong)}; fix or remove the rows")
         check_classes(columns["label"], 1, path)
+    else:
+        columns.pop("label", None)  # in a test file it means nothing, whatever it holds
     first = [name for name in ("uuid", *FIELDS, "label") if name in columns]
     papers = pd.DataFrame({name: columns[name] for name in dict.fromkeys([*first, *columns])})
     return papers.astype({"label": np.int64}) if labelled else papers
 
 
-def check_uuids(path, uuids, numbers):
+def says_nothing(cells):
+    """Whether a column is empty, or full of one and the same text."""
+    return len(set(cells)) == 1 and (cells[0].casefold() in PLACEHOLDERS or len(cells) >= 10)
+
+
+def check_uuids(path, uuids, numbers, labelled):
     """Raise InputError unless every paper has a uuid of its own. `numbers`: the row of each."""
     rows = dict(zip(reversed(uuids), reversed(numbers)))  # the first row of each uuid
     empty = [number for uuid, number in zip(uuids, numbers) if not uuid.strip()]
     broken = [number for uuid, number in zip(uuids, numbers) if "\n" in uuid or "\r" in uuid]
+    by_excel = re.compile(r"\d(\.\d+)?[eE]\+\d+")
+    rounded = [number for uuid, number in zip(uuids, numbers) if by_excel.fullmatch(uuid.strip())]
     repeated = [f"{uuid} (row {number})" for uuid, number in zip(uuids, numbers) if rows[uuid] != number]
     if empty:
         raise InputError(f"{path}: column uuid is empty in row {few(empty)}; every paper needs one")
     if broken:
         raise InputError(f"{path}: column uuid has a line break in row {few(broken)}; is a quote missing there?")
+    if rounded:
+        raise InputError(f"{path}: Excel has rounded the uuids in row {few(rounded)}: download the file again, or "
+                         "export it with the column as text")
     if repeated:
-        raise InputError(f"{path}: column uuid repeats {few(repeated)}; remove the copies")
+        remedy = "remove the copies" if labelled else "every test paper counts, so download the file again"
+        raise InputError(f"{path}: column uuid repeats {few(repeated)}; {remedy}")
 
 
 def check_classes(labels, least, where):
@@ -213,14 +311,23 @@ def fingerprint(papers):
 
 
 def shared_fields(train, test, wanted=None):
-    """The fields of `wanted` (default: all) that both frames have. A line on stderr names those that are left out."""
-    kept = [name for name in wanted or FIELDS if name in train and name in test]
+    """The fields of `wanted` (default: all) that both frames have. A line on stderr says what is left out or odd."""
+    kept, sides = [], {"train": train, "test": test}
+    for name in wanted or FIELDS:
+        lacking = [side for side, papers in sides.items() if name not in papers]
+        empty = [side for side, papers in sides.items() if name in papers and says_nothing(papers[name].tolist())]
+        if lacking:
+            log(f"field {name} is left out: no such column in {' and '.join(lacking)}")
+        elif empty:
+            log(f"warning: field {name} is left out: all its cells are the same in {' and '.join(empty)}")
+        else:
+            kept.append(name)
+            shares = [(papers[name] == "").mean() for papers in sides.values()]
+            if abs(shares[0] - shares[1]) > 0.3:
+                log(f"warning: {name} is empty in {shares[0]:.0%} of the training papers and in {shares[1]:.0%} of the "
+                    "test papers: models may learn from what the test papers lack; see --fields")
     if not kept:
         raise InputError(f"--fields {' '.join(wanted or FIELDS)}: train and test share none of these columns")
-    for name in wanted or FIELDS:
-        if name not in kept:
-            lacking = [side for side, papers in (("train", train), ("test", test)) if name not in papers]
-            log(f"field {name} is left out: the {' and the '.join(lacking)} file has no such column")
     return kept
 
 
@@ -237,13 +344,26 @@ def load_papers(args):
     limit = f" (--limit {args.limit})" if args.limit else ""
     log(f"{len(train)} papers in {args.train}, {len(test)} in {args.test}{limit}")
     fields = shared_fields(train, test, args.fields)
-    again = [text in texts[0] for text in zip(test["title"], test["abstract"])]
-    if any(again):
-        log(f"warning: {sum(again)} test papers are in {args.train}, too: uuid {few(test['uuid'][again])}")
+    warn_of_copies(args, train, test)
     for path, papers in ((args.train, train), (args.test, test)):
         if empty := build_text(papers, fields).count(""):
             log(f"warning: {empty} papers of {path} have no text in {' '.join(fields)}; they are kept")
     return train, test, fields
+
+
+def warn_of_copies(args, train, test):
+    """Say on stderr how many papers have the same text as another one."""
+    first = find_copies(train)
+    copies = first != np.arange(len(train))
+    if copies.any():
+        labels = train["label"].to_numpy()
+        log(f"warning: {copies.sum()} papers of {args.train} have the text of another one; they are held out together")
+        if differ := (labels != labels[first]).sum():
+            log(f"warning: {differ} of these copies have another label than the first: check them")
+    known = set(zip(train["title"], train["abstract"])) - {("", "")}
+    again = [text in known for text in zip(test["title"], test["abstract"])]
+    if any(again):
+        log(f"warning: {sum(again)} test papers are in {args.train}, too: uuid {few(test['uuid'][again])}")
 
 
 def load_test(args, fields):
@@ -281,18 +401,42 @@ def draw_ranks(papers, seed):
     return order.groupby("label").cumcount().sort_index().to_numpy()
 
 
+def find_copies(papers):
+    """For each paper the row (from 0) of the first one with the same title and abstract, whatever the case of the
+    letters: int array [papers]. First by uuid, so the order of the rows does not matter. A paper without text is not a
+    copy.
+    """
+    texts = [f"{title}\n{abstract}".casefold() for title, abstract in zip(papers["title"], papers["abstract"])]
+    keys = pd.Series([text if text.strip() else uuid for text, uuid in zip(texts, papers["uuid"])])
+    order = np.argsort(papers["uuid"].to_numpy(dtype=str), kind="stable")
+    first = {}
+    for row in order:
+        first.setdefault(keys[row], row)
+    return keys.map(first).to_numpy(dtype=int)
+
+
 def split_papers(papers, valid_ratio=0.1, seed=42):
-    """The common split: bool array [papers], True = held out. Of each class `valid_ratio`, at least one paper."""
-    check_classes(papers["label"], 2, "train, to hold some out")
-    counts = papers["label"].map(papers["label"].value_counts()).to_numpy()
-    return draw_ranks(papers, seed) < np.clip(np.round(counts * valid_ratio), 1, counts - 1)
+    """The common split: bool array [papers], True = held out. Of each class `valid_ratio`, at least one paper. Copies
+    of a paper go where it goes.
+    """
+    first = find_copies(papers)
+    own = papers.iloc[np.unique(first)]
+    check_classes(own["label"], 2, "train, to hold some out")
+    counts = own["label"].map(own["label"].value_counts()).to_numpy()
+    held_out = draw_ranks(own, seed) < np.clip(np.round(counts * valid_ratio), 1, counts - 1)
+    return np.isin(first, np.unique(first)[held_out])
 
 
 def fold_numbers(papers, folds=5, seed=42):
-    """Stratified folds: int array [papers], the fold (0 … folds - 1) in which a paper is held out."""
-    check_classes(papers["label"], folds, f"train, for --folds {folds}")
-    ranks = draw_ranks(papers, seed) % folds
-    return np.where(papers["label"] == 1, folds - 1 - ranks, ranks)  # so that no fold gets both surpluses
+    """Stratified folds: int array [papers], the fold (0 … folds - 1) in which a paper is held out. Copies of a paper go
+    where it goes.
+    """
+    first = find_copies(papers)
+    rows, group = np.unique(first, return_inverse=True)
+    own = papers.iloc[rows]
+    check_classes(own["label"], folds, f"train, for --folds {folds}")
+    ranks = draw_ranks(own, seed) % folds
+    return np.where(own["label"] == 1, folds - 1 - ranks, ranks)[group]  # so that no fold gets both surpluses
 
 
 # ---- flags -----------------------------------------------------------------------------------------------------------
@@ -305,7 +449,7 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message} (see --help)")
 
 
-def number(kind, low, high):
+def bounded(kind, low, high):
     """A type for add_argument: `kind` is int or float; low <= value <= high."""
 
     def read(text):
@@ -321,8 +465,8 @@ def number(kind, low, high):
     return read
 
 
-positive_int = number(int, 1, 10**9)
-fraction = number(float, 1e-6, 1 - 1e-6)
+positive_int = bounded(int, 1, 10**9)
+fraction = bounded(float, 1e-6, 1 - 1e-6)
 
 
 def data_dir():
@@ -347,7 +491,7 @@ def arg_parser(doc, split=True, recorded=""):
             help="columns to read" + (before or f", default: {' '.join(FIELDS)}, where both files have it"))
         add("--valid-ratio", type=fraction, default=None if recorded else 0.1, metavar="R",
             help="held-out share of train" + (before or ", default 0.1"))
-    add("--seed", type=number(int, 0, 2**32 - 1), default=42, metavar="N", help="default %(default)s")
+    add("--seed", type=bounded(int, 0, 2**32 - 1), default=42, metavar="N", help="default %(default)s")
     add("--limit", type=positive_int, metavar="N", help="only the first N papers of each file, for a quick look")
     return parser
 

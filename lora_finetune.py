@@ -24,11 +24,11 @@ from peft import LoraConfig, PrefixTuningConfig, TaskType, get_peft_model
 from common import (
     InputError,
     arg_parser,
+    bounded,
     check_classes,
     few,
     fingerprint,
     log,
-    number,
     positive_int,
     read_papers,
     run_script,
@@ -118,7 +118,7 @@ def parse_args():
     add("--method", choices=("lora", "p-tuning-v2"), default="lora", help="default %(default)s")
     add("--rank", type=positive_int, default=8, metavar="R", help="of LoRA, default %(default)s")
     add("--alpha", type=positive_int, metavar="A", help="of LoRA, default twice the rank")
-    add("--dropout", type=number(float, 0, 0.9), default=0.0, metavar="R", help="before LoRA's A, default %(default)s")
+    add("--dropout", type=bounded(float, 0, 0.9), default=0.0, metavar="R", help="before LoRA's A, default %(default)s")
     add("--target-modules", nargs="+", metavar="NAME", help="layers that get LoRA, default every linear one")
     add("--virtual-tokens", type=positive_int, default=32, metavar="N", help="of P-tuning v2, default %(default)s")
     add("--max-length", type=positive_int, metavar="N", help="tokens a paper, default 512; of the embedded model 160")

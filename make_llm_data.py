@@ -39,7 +39,6 @@ def main():
     args = arg_parser(__doc__).parse_args()
     train, test, fields = load_papers(args)
     held_out = split_papers(train, args.valid_ratio, args.seed)
-    test = test.drop(columns="label", errors="ignore")  # a column of that name in a test file means nothing
     parts = {"paper_label": train[~held_out], "paper_label_valid": train[held_out], "paper_label_test": test}
     source = args.out_dir / "paper_label_source.json"
     source.unlink(missing_ok=True)  # if this run is killed, lora_finetune.py does not take its files for a whole set

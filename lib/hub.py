@@ -57,7 +57,7 @@ def download(flag, name):
 
 def hub_fault(error):
     """Why the hub gave no files, and the remedy, in words."""
-    from huggingface_hub import errors
+    from huggingface_hub import errors, get_token
 
     cause = error.__cause__ or error
     kind, status = type(cause).__name__, getattr(getattr(cause, "response", None), "status_code", None)
@@ -65,7 +65,7 @@ def hub_fault(error):
         return "HF_HUB_OFFLINE is set, and it is not in the cache: unset HF_HUB_OFFLINE"
     if isinstance(cause, errors.GatedRepoError):
         return "it is gated: accept its terms on the hub and set HF_TOKEN"
-    if status == 401 and "credentials" in str(cause):
+    if status == 401 and get_token():
         return "the hub refuses the token, which may have expired: renew or unset HF_TOKEN"
     if isinstance(cause, errors.RepositoryNotFoundError):
         return "the hub has no model of this name, or it is private: check the name, or set HF_TOKEN"

@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 from filelock import FileLock, Timeout
 
-from common import LABELS, InputError, few, fingerprint, log, read_rows
+from common import InputError, clean, few, fingerprint, log, read_label, read_rows
 
 METRICS = ("accuracy", "precision", "recall", "f1", "auc", "log_loss")
 RERUN = "run the script that writes it again"
@@ -246,15 +246,15 @@ def read_predictions(path):
     if missing := [name for name in ("uuid", "prob") if header.count(name) != 1]:
         raise InputError(f"{path}: want one column {few(missing)}; the header has {few(header, 8)}")
     cells = dict(zip(header, zip(*rows))) if rows else dict.fromkeys(header, ())
-    columns, wrong = {"uuid": list(cells["uuid"])}, {}
+    columns, wrong = {"uuid": [clean(cell) for cell in cells["uuid"]]}, {}
     if "label" in cells:
-        columns["label"] = [LABELS.get(cell.strip()) for cell in cells["label"]]
+        columns["label"] = [read_label(cell) for cell in cells["label"]]
         wrong["label is neither 0 nor 1"] = [label is None for label in columns["label"]]
     columns["prob"] = pd.to_numeric(pd.Series(cells["prob"], dtype=str), errors="coerce").astype(float)
     wrong["prob is not a number from 0 to 1"] = ~columns["prob"].between(0, 1)
-    for fault, rows_with_it in wrong.items():
-        if np.any(rows_with_it):
-            raise InputError(f"{path}: column {fault} in row {few(np.array(numbers)[rows_with_it])}: fix it, or {RERUN}")
+    for fault, where in wrong.items():
+        if np.any(where):
+            raise InputError(f"{path}: column {fault} in row {few(np.array(numbers)[where])}: fix it, or {RERUN}")
     return pd.DataFrame(columns)
 
 
@@ -269,11 +269,12 @@ def read_labels(test_path, test):
     names = [name.strip().casefold() for name in header]
     if "uuid" not in names or "label" not in names:
         raise InputError(f"{path}: no column uuid or label; fix it or move it away")
-    labels = {row[names.index("uuid")]: LABELS.get(row[names.index("label")].strip()) for row in rows}
-    if any(labels.get(uuid) is None for uuid in test["uuid"]):
+    labels = {clean(row[names.index("uuid")]): read_label(row[names.index("label")]) for row in rows}
+    found = [labels.get(clean(uuid)) for uuid in test["uuid"]]
+    if None in found:
         log(f"{path} does not label all test papers: no test scores")
         return None
-    return np.array([labels[uuid] for uuid in test["uuid"]])
+    return np.array(found)
 
 
 # ---- submission ------------------------------------------------------------------------------------------------------
@@ -324,10 +325,10 @@ def warn_one_class(labels, train_labels):
     if len(labels) < 10 or 0.01 < share < 0.99 or not 0.1 <= usual <= 0.9:
         return ""
     label = int(share > 0.5)
-    count = np.sum(np.asarray(labels) == label)
+    count, usual = np.sum(np.asarray(labels) == label), usual if label else 1 - usual
     warning = (
-        f"warning: {count:,} of {len(labels):,} test papers get label {label}, in train {usual if label else 1 - usual:.0%}"
-        " have it: are the fields of the test file filled, and does the model do well on held-out papers?"
+        f"warning: {count:,} of {len(labels):,} test papers get label {label}, in train {usual:.0%} have it: are the "
+        "fields of the test file filled, and does the model do well on held-out papers?"
     )
     log(warning)
     return warning

@@ -23,17 +23,18 @@ import time
 import warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from datetime import timedelta
 
 import numpy as np
 import pandas as pd
 import torch
 import transformers
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from common import InputError, fold_numbers, log, number, positive_int, split_papers
+from common import InputError, Process, bounded, fold_numbers, log, positive_int, split_papers
 from lib import hub, results
 
 warnings.filterwarnings("ignore", category=FutureWarning)
@@ -54,16 +55,16 @@ def add_training_flags(parser, epochs, batch_size, patience, at_once):
     add("--batch-size", type=positive_int, default=batch_size, metavar="N", help="papers a step, default %(default)s")
     add("--accumulate", type=positive_int, metavar="N", help="pieces a batch is split into, to save memory: same "
         f"result; default 1 with CUDA, else pieces of {at_once}, which a CPU computes faster")  # fmt: skip
-    add("--lr", type=number(float, 1e-9, 10), metavar="X", help="highest learning rate, default by model")
-    add("--warmup", type=number(float, 0, 1), default=0.1, metavar="R", help="share of the steps, default %(default)s")
-    add("--weight-decay", type=number(float, 0, 10), default=0.01, metavar="X", help="default %(default)s")
+    add("--lr", type=bounded(float, 1e-9, 10), metavar="X", help="highest learning rate, default by model")
+    add("--warmup", type=bounded(float, 0, 1), default=0.1, metavar="R", help="share of the steps, default %(default)s")
+    add("--weight-decay", type=bounded(float, 0, 10), default=0.01, metavar="X", help="default %(default)s")
     add("--patience", type=positive_int, default=patience, metavar="N", help="stop after N epochs without a better one")
     add("--class-weight", choices=("balanced",), help="let both classes count the same, whatever their numbers")
-    add("--folds", type=number(int, 2, 1000), metavar="K", help="train K models, each with another K-th of the papers "
+    add("--folds", type=bounded(int, 2, 1000), metavar="K", help="train K models, each with another K-th of the papers "
         "held out: out-of-fold scores, averaged predictions")  # fmt: skip
-    add("--seeds", type=number(int, 2, 1000), metavar="N", help="train N models with other seeds: mean and standard "
+    add("--seeds", type=bounded(int, 2, 1000), metavar="N", help="train N models with other seeds: mean and standard "
         "deviation of their scores, averaged predictions")  # fmt: skip
-    add("--save-minutes", type=number(float, 0, 1e6), default=10, metavar="M", help="between checkpoints, default 10")
+    add("--save-minutes", type=bounded(float, 0, 1e6), default=10, metavar="M", help="between checkpoints, default 10")
     add("--resume", action="store_true", help="go on where a killed run stopped")
     add_precision_flag(add)
 
@@ -79,9 +80,19 @@ def make_accelerator(precision="auto"):
         precision = ("bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16") if cuda else "fp32"
     if precision == "fp16" and not cuda:
         raise InputError("--precision fp16 needs CUDA: use fp32 or bf16")
+    several = os.environ.get("WORLD_SIZE", "1") != "1"
+    if several and "TORCHELASTIC_RUN_ID" not in os.environ:  # not started by accelerate launch or torchrun
+        log(f"WORLD_SIZE={os.environ['WORLD_SIZE']} in the environment is ignored: for several processes use "
+            "accelerate launch")  # fmt: skip
+        for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            os.environ.pop(name, None)
+        several = False
     # Unless it is told, accelerate takes each of several processes on a CPU for the only one.
-    cpu = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not cuda
-    return Accelerator(mixed_precision="no" if precision == "fp32" else precision, cpu=cpu)
+    precision = "no" if precision == "fp32" else precision
+    wait = InitProcessGroupKwargs(timeout=timedelta(hours=12))  # for a process that has more to do
+    accelerator = Accelerator(mixed_precision=precision, cpu=several and not cuda, kwargs_handlers=[wait])
+    Process.first = accelerator.is_main_process
+    return accelerator
 
 
 def describe(accelerator):

@@ -1,8 +1,16 @@
+"""What the tests share: a way to run a script, small papers, and tiny models with random weights. Nothing here imports
+torch until a test asks for a model, so that the tests of common.py answer in seconds.
+"""
+
 import csv
+import gc
 import importlib
+import io
+import json
 import os
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pandas as pd
@@ -28,27 +36,30 @@ def start(script, folder, *flags, launcher=()):
     return subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True, env=environment, cwd=folder)
 
 
-@pytest.fixture
-def kit(tmp_path, monkeypatch, capsys):
-    """Run a script of the kit in tmp_path as a user does, but in this process, which saves the seconds of the imports.
-    Returns an object with returncode, stdout and stderr, like subprocess.run."""
-
-    def run(script, *flags, **env):
-        monkeypatch.chdir(tmp_path)
-        env = {"OUT_DIR": tmp_path / "outputs", "DATA_DIR": SAMPLE, **env}
+def call(folder, script, *flags, **env):
+    """Run a script in `folder` as a user does, but in this process, which saves the seconds of the imports. Returns an
+    object with returncode, stdout and stderr, like subprocess.run.
+    """
+    env = {"OUT_DIR": folder / "outputs", "DATA_DIR": SAMPLE, **env}
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
+    gc.freeze()  # accelerate collects garbage after each model: it need not go through what was imported
+    code = 0
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.chdir(folder)
         for name, value in env.items():
-            monkeypatch.setenv(name, str(value))
-        monkeypatch.setattr(sys, "argv", [script, *map(str, flags)])
-        capsys.readouterr()
-        code = 0
+            patch.setenv(name, str(value))
+        patch.setattr(sys, "argv", [script, *map(str, flags)])
         try:
             common.run_script(importlib.import_module(script.removesuffix(".py")).main)
         except SystemExit as end:
             code = end.code
-        out, err = capsys.readouterr()
-        return subprocess.CompletedProcess(sys.argv, code, out, err)
+    return subprocess.CompletedProcess(flags, code, *(each.buffer.getvalue().decode() for each in (out, err)))
 
-    return run
+
+@pytest.fixture
+def kit(tmp_path):
+    """Run a script in tmp_path: kit("baseline.py", "--folds", 3)."""
+    return lambda script, *flags, **env: call(tmp_path, script, *flags, **env)
 
 
 @pytest.fixture
@@ -56,15 +67,26 @@ def refused(kit, tmp_path):
     """Run a script that must refuse its input: exit code 2, one line that holds all of `words`, nothing written."""
 
     def run(*command, words, **env):
-        before = sorted(tmp_path.rglob("*"))
+        before = contents(tmp_path)
         done = kit(*command, **env)
         assert done.returncode == 2, done.stderr
         faults = [line for line in done.stderr.splitlines() if line.startswith(f"{command[0]}: ")]
         assert len(faults) == 1 and all(word in faults[0] for word in words), done.stderr
         assert "Traceback" not in done.stderr and not done.stdout
-        assert sorted(tmp_path.rglob("*")) == before
+        assert contents(tmp_path) == before
 
     return run
+
+
+def contents(folder):
+    """{path: bytes} of all that is under a folder, but locks; None for the bytes of a directory."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.name != ".lock"]
+    return {path: path.read_bytes() if path.is_file() else None for path in paths}
+
+
+def edit_json(path, **changes):
+    """Change some values of a JSON file; make it if there is none."""
+    path.write_text(json.dumps(json.loads(path.read_text() if path.is_file() else "{}") | changes))
 
 
 @pytest.fixture
@@ -91,32 +113,32 @@ def test_b(tmp_path):
     return papers
 
 
-# ---- tiny models with random weights; what makes them is imported inside, for most tests do without ------------------
+# ---- tiny models with random weights ---------------------------------------------------------------------------------
+
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
 @pytest.fixture(scope="session")
 def tiny_bert(tmp_path_factory):
-    """A tiny BERT with random weights and a vocabulary of the sample's words."""
+    """A tiny BERT and a vocabulary of the sample's words: a directory."""
     import torch
     from transformers import BertConfig, BertModel, BertTokenizer
 
     folder = tmp_path_factory.mktemp("tiny-bert")
     papers = common.read_papers(SAMPLE / "train.csv")
-    words = sorted(
-        {word for text in common.build_text(papers, ["title"]) for word in text.lower().split() if word.isalpha()}
-    )
-    letters = [p + c for c in "abcdefghijklmnopqrstuvwxyz,.;:-()" for p in ("", "##")]
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(w for w in words if len(w) > 1)]
+    words = " ".join(papers["title"]).lower().split()
+    letters = [before + letter for letter in "abcdefghijklmnopqrstuvwxyz,.;:-()" for before in ("", "##")]
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters]
+    vocabulary += sorted({word for word in words if word.isalpha() and len(word) > 1})
     (folder / "vocab.txt").write_text("\n".join(vocabulary))
     BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    BertModel(BertConfig(vocab_size=len(vocabulary), max_position_embeddings=64, **sizes)).save_pretrained(folder)
+    BertModel(BertConfig(vocab_size=len(vocabulary), max_position_embeddings=64, **SIZES)).save_pretrained(folder)
     return folder
 
 
-def make_llm(folder, chat=True):
-    """A tiny random Llama with a byte-level BPE tokenizer of the sample's words."""
+def make_llm(folder, template=CHAT):
+    """A tiny Llama with a byte-level BPE tokenizer of the sample's words, saved in a directory."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -124,18 +146,14 @@ def make_llm(folder, chat=True):
     texts = common.build_text(common.read_papers(SAMPLE / "train.csv"), ["title", "abstract"])
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    special = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=600, special_tokens=special, initial_alphabet=alphabet)
-    )
+    special, alphabet = ["<|pad|>", "<|im_start|>", "<|im_end|>"], pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=special, initial_alphabet=alphabet)
+    bpe.train_from_iterator(texts, trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|pad|>")
-    if chat:
-        tokenizer.chat_template = CHAT
+    tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = LlamaConfig(vocab_size=len(tokenizer), num_key_value_heads=2, max_position_embeddings=1024, **sizes)
+    config = LlamaConfig(vocab_size=len(tokenizer), num_key_value_heads=2, max_position_embeddings=1024, **SIZES)
     LlamaForCausalLM(config).save_pretrained(folder)
     return str(folder)
 

@@ -12,7 +12,7 @@ import common
 from lib import plots, report
 from lib.results import paper_record, save_results, scores, write_json
 
-HOSTILE = "<script>alert(1)</script> | `x` $y^2$ [a](http://b) \"q\" & 'r' 论文 <b>"
+HOSTILE = "<script>alert(1)</script> | `x` $y^2$ [a](http://b) \"q\" & 'r' 论文 <b"
 LOG = "epoch,train_loss,accuracy,f1,auc,log_loss\n1,0.7,0.5,0.4,,0.7\n2,0.4,0.9,0.9,0.95,0.3\n"
 
 
@@ -46,9 +46,9 @@ class Page(HTMLParser):
 @pytest.fixture
 def model(tmp_path, papers):
     """Write what a model leaves: made-up probabilities, worse as `noise` grows, further metrics and its log.csv."""
-    train, test = papers
 
-    def write(name, noise, held_out=slice(None), train=train, test_probs=None, log=None, **metrics):
+    def write(name, noise, held_out=slice(None), papers=papers, test_probs=None, log=None, **metrics):
+        train, test = papers
         random, held = np.random.default_rng(list(name.encode())), train[held_out]
         probs = np.clip(held["label"] + noise * random.normal(size=len(held)), 0, 1)
         metrics = {"papers": paper_record(train, test, len(held)), "fields": ["title"], **metrics}
@@ -83,23 +83,24 @@ def read_page(kit, tmp_path):
 
 def test_one_model_gives_a_smaller_page(read_page, model):
     table = [["author rule", scores([0, 1], [0.2, 0.9]), "2 out of fold"]]
-    strongest = {"words": {"1": [["cell", 1.5]], "0": []}, "author": {"1": [], "0": []}}
+    strongest = {"words": {"1": [["cell", 1.5]], "0": []}, "author": {"1": [], "0": [["a ", 2]]}}
     model("baseline", 0.6, table=table, strongest=strongest)
     page, text = read_page()
     for title in ("Held-out papers", "Test papers", "author rule", "What words tell the baseline", "The 20 hardest"):
         assert title in page.text and title in text
-    for title in ("Learning curves", "Agreement", "Keywords", "way authors are written tells"):
+    for title in ("Learning curves", "Agreement", "Keywords"):
         assert title not in page.text
-    assert "| 1 | cell | 1.50 |" in text and "width:100%" in dict(page.attributes).values()
+    assert "| 1 | cell | 1.50 |" in text and "| 0 | a␣ | 2.00 |" in text
+    assert ("style", "width:100%") in page.attributes
 
 
 def test_whole_page(read_page, tmp_path, model):
     model("baseline", 0.6)
-    times = {"train_seconds": 119, "train_papers_per_second": 7.04, "predict_papers_per_second": 100}
+    times = {"train_seconds": 119, "train_papers_per_second": 7.04, "predict_papers_per_second": 2}
     model("bert", 0.5, slice(0, 60), log=LOG, epochs_run=[2], device="cpu, fp32", **times)
     model("lora", 0.6, slice(0, 60), log=LOG, epochs_run=2, trained_on="some GPU")
     page, text = read_page("--report-only")
-    assert "| bert | cpu, fp32 | 2 | 2.0 min | 7.0 | 100.0 | – |" in text  # 119 s, and a second for 60 + 40 papers
+    assert "| bert | cpu, fp32 | 2 | 2.8 min | 7.0 | 2.0 | – |" in text  # 119 s + 50 s for 60 + 40 papers
     assert "some GPU" in text and "60 held out, title" in text
     assert page.tags.count("svg") == 4 + 4 + 1 + 2  # curves of two models; three models and the blend; agreement twice
     assert not (tmp_path / "submit_task1.csv").exists()
@@ -111,8 +112,8 @@ def test_untrusted_text_stays_text(read_page, model, papers, write_csv, recwarn)
         train.loc[train.index[:40], name] = f"{name} {HOSTILE}"
     path = write_csv("train.csv", [train.columns, *train.to_numpy()])
     train = common.read_papers(path, labelled=True)
-    model("<i>$\\frac$ | 模型", 0.5, train=train, log=LOG)
-    model("_b", 0.5, train=train)
+    model("<i>$\\frac$ | 模型", 0.5, papers=(train, papers[1]), log=LOG)
+    model("_b", 0.5, papers=(train, papers[1]))
     page, text = read_page("--train", path)
     assert not recwarn.list
     assert all(f"{name} {HOSTILE}" in page.text for name in ("title", "author", "abstract"))
@@ -135,7 +136,11 @@ def test_same_inputs_same_bytes(read_page, tmp_path, model):
     assert first == [file.read_bytes() for file in files]
 
 
-@pytest.mark.parametrize("log", ["", "epoch\n", "epoch,f1\n1,0.5\n", LOG.splitlines()[0], LOG.replace("0.4", "x")])
+DAMAGED = ["", "epoch\n", "epoch,f1\n1,0.5\n", LOG.splitlines()[0], LOG.replace("0.4", "x")]
+DAMAGED.append(re.sub(r"\n\d,", "\n,", LOG))  # no epoch
+
+
+@pytest.mark.parametrize("log", DAMAGED)
 def test_a_damaged_log_is_left_out(read_page, model, log):
     model("bert", 0.4, log=log)
     assert "Learning curves" not in read_page()[0].text
@@ -163,6 +168,17 @@ def test_keywords_and_board_only_of_these_papers(kit, read_page, tmp_path, model
     write_json(tmp_path / "outputs" / "keywords" / "metrics.json", record)
     text = read_page("--report-only")[1]
     assert "0.1234" not in text and "oard estimate" not in text
+
+
+def test_no_board_estimate_if_the_test_file_gives_the_keywords(read_page, tmp_path, model, papers, write_csv):
+    train, test = papers[0], papers[1].assign(Keywords=papers[1]["title"] + ". cells")
+    path = write_csv("test.csv", [test.columns, *test.to_numpy()])
+    test = common.read_papers(path)
+    model("bert", 0, papers=(train, test))
+    record = {"scores": {"recall_case_at_40": 0.25}, "fields": [], "papers": paper_record(train, test, 77)}
+    write_json(tmp_path / "outputs" / "keywords" / "metrics.json", record)
+    text = read_page("--test", path)[1]
+    assert "0.2500" in text and "oard estimate" not in text
 
 
 def test_f1_comes_with_an_interval(read_page, model, papers):

@@ -1,13 +1,16 @@
 import argparse
+from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-import common
-import models
-import training
+from common import InputError
+from lib import hub, training
+
+# ---- batches, rate, weights, plans -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("count", "size"), [(1, 16), (16, 16), (17, 16), (1000, 7)])
@@ -23,12 +26,12 @@ def test_batches_hold_each_paper_once_with_its_like(count, size):
     assert lengths[training.length_batches(lengths, size)[0]].max() == lengths.max(), "longest first"
 
 
-def test_batches_are_shuffled_anew_by_seed_alone():
+def test_the_order_of_batches_depends_on_seed_and_epoch_alone():
     lengths = np.arange(500)
     first, again, other = (training.length_batches(lengths, 8, seed) for seed in ((42, 1), (42, 1), (42, 2)))
     assert all(map(np.array_equal, first, again)) and not all(map(np.array_equal, first, other))
     means = [lengths[batch].mean() for batch in first]
-    assert abs(np.corrcoef(means, range(len(means)))[0, 1]) < 0.4, "short ones must not all come first"
+    assert abs(np.corrcoef(means, np.arange(len(means)))[0, 1]) < 0.5, "batches go by length"
 
 
 @pytest.mark.parametrize("shape", ["linear", "cosine"])
@@ -38,8 +41,47 @@ def test_rate_rises_then_falls_to_nothing(shape):
     assert all(np.diff(rates[:10]) > 0) and all(np.diff(rates[10:]) < 0) and 0 < rates[-1] < 0.02
 
 
+def test_balanced_weights_let_both_classes_count_the_same():
+    assert training.loss_weights([0, 0, 1], None).tolist() == [1, 1, 1]
+    assert training.loss_weights([0, 0, 1], "balanced").tolist() == [0.75, 0.75, 1.5]
+
+
+def test_plans_and_their_average():
+    train = pd.DataFrame({"uuid": [f"u{i}" for i in range(30)], "label": [0, 1, 1] * 10})
+    split = {"seed": 42, "valid_ratio": 0.2, "folds": None, "seeds": None}
+    (single,) = training.make_plans(train, split, 7)
+    assert (single.name, single.seed, single.held_out.sum()) == (".", 7, 6)
+    folds = training.make_plans(train, split | {"folds": 3}, 7)
+    assert [(plan.name, plan.seed) for plan in folds] == [("fold1", 7), ("fold2", 7), ("fold3", 7)]
+    assert (sum(plan.held_out.astype(int) for plan in folds) == 1).all(), "each paper is held out once"
+    seeds = training.make_plans(train, split | {"seeds": 2}, 7)
+    assert [(plan.name, plan.seed) for plan in seeds] == [("seed7", 7), ("seed8", 8)]
+    assert all(np.array_equal(plan.held_out, single.held_out) for plan in seeds)
+
+    held_out, probs = training.average(folds, [np.full(plan.held_out.sum(), k) for k, plan in enumerate(folds)])
+    assert held_out.all() and all((probs[plan.held_out] == k).all() for k, plan in enumerate(folds))
+    held_out, probs = training.average(seeds, [np.arange(6) / 10, np.arange(6) / 10 + 0.2])
+    assert np.array_equal(held_out, single.held_out) and np.allclose(probs, np.arange(6) / 10 + 0.1)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_in_float32_nothing_is_rounded(bias):
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(64, 20_000, bias=bias).bfloat16()  # more rows than the hook takes at a time
+    values = torch.randn(3, 5, 64).bfloat16() * 20
+    exact = torch.nn.functional.linear(values.double(), layer.weight.double(), layer.bias.double() if bias else None)
+    assert (layer(values).double() - exact).abs().max() > 0.01
+    layer.register_forward_hook(training.in_float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = layer(values)
+    assert found.dtype == torch.float32 and torch.allclose(found.double(), exact, atol=1e-4)
+
+
+# ---- the loop, with a model that knows nothing of transformers -------------------------------------------------------
+
+
 class Words(torch.nn.Module):
-    """A bag of words: enough for the loop, which knows nothing of transformers."""
+    """A bag of words."""
 
     def __init__(self):
         super().__init__()
@@ -61,10 +103,21 @@ def probs(model, papers):
     return model(papers).sigmoid()
 
 
+def save(model, folder):
+    folder.mkdir()
+    save_file(model.state_dict(), folder / "model.safetensors")
+
+
+def make_task(**changes):
+    return SimpleNamespace(**{"losses": losses, "probs": probs, "save": save} | changes)
+
+
 def make_papers(count):
-    random = np.random.default_rng(1)
-    labels = np.arange(count) % 2
-    return [{"input_ids": (random.integers(0, 25, 5 + i % 9) + 25 * k).tolist(), "label": int(k)} for i, k in enumerate(labels)]  # fmt: skip  # noqa: E501
+    random, papers = np.random.default_rng(1), []
+    for i in range(count):
+        words = random.integers(0, 25, 5 + i % 9) + 25 * (i % 2)
+        papers.append({"input_ids": words.tolist(), "label": i % 2})
+    return papers
 
 
 def arguments(**changes):
@@ -75,38 +128,33 @@ def arguments(**changes):
     return args
 
 
-def fit(folder, losses=losses, **changes):
-    model, args = Words(), arguments(**changes)
-    saved = []
+def fit(folder, task=None, **changes):
+    """Train a new model. Returns (what training.fit returns, the trained weights, the best ones)."""
+    model, args, papers = Words(), arguments(**changes), make_papers(101)
+    accelerator, settings = training.make_accelerator("fp32"), {"lr": args.lr, "epochs": args.epochs}
+    done = training.fit(accelerator, model, task or make_task(), papers[:80], papers[80:], folder, args, settings)
+    return done, model.state_dict(), load_file(folder / "best" / "model.safetensors")
 
-    def save_best(best):
-        saved.append({name: weight.clone() for name, weight in best.state_dict().items()})
 
-    accelerator = training.make_accelerator("fp32")
-    settings = {"lr": args.lr, "epochs": args.epochs}
-    papers = make_papers(101)
-    done = training.fit(accelerator, model, papers[:80], papers[80:], losses, probs, save_best, folder, args, settings)
-    return done, model.state_dict(), saved
+def equal(first, second, **within):
+    return first.keys() == second.keys() and all(torch.allclose(first[k], second[k], rtol=0, **within) for k in first)
 
 
 def test_learns_and_logs(tmp_path):
-    done, _, saved = fit(tmp_path)
+    done, weights, best = fit(tmp_path)
     history = done["history"]
     assert history[-1]["train_loss"] < 0.5 * history[0]["train_loss"] and history[-1]["f1"] > 0.9
-    assert done["papers"] == 240 and 1 <= len(saved) <= 3
-    assert len((tmp_path / "log.csv").read_text().splitlines()) == 4
+    assert done["papers"] == 240 and len((tmp_path / "log.csv").read_text().splitlines()) == 4
+    assert not equal(weights, fit(tmp_path / "other", seed=2)[1], atol=1e-3)
+    assert not equal(weights, fit(tmp_path / "other", class_weight="balanced", lr=0.01)[1], atol=1e-3)
+    assert best.keys() == weights.keys()
 
 
 @pytest.mark.parametrize("accumulate", [2, 3, 8, 11])
 def test_accumulation_changes_nothing(tmp_path, accumulate):
     _, whole, _ = fit(tmp_path / "1")
     _, split, _ = fit(tmp_path / "2", accumulate=accumulate)
-    for name, weight in whole.items():
-        assert torch.allclose(weight, split[name], atol=1e-5), name
-
-
-class Killed(Exception):
-    pass
+    assert equal(whole, split, atol=1e-5)
 
 
 @pytest.mark.parametrize("steps", [3, 12, 25])
@@ -117,83 +165,104 @@ def test_resumed_equals_uninterrupted(tmp_path, steps):
     def dying(model, papers):
         calls.append(len(papers))
         if len(calls) > steps:
-            raise Killed
+            raise InterruptedError
         return losses(model, papers)
 
-    with pytest.raises(Killed):
-        fit(tmp_path / "cut", losses=dying, save_minutes=0)
+    with pytest.raises(InterruptedError):
+        fit(tmp_path / "cut", make_task(losses=dying), save_minutes=0)
     again, resumed, best_again = fit(tmp_path / "cut", resume=True)
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert equal(whole, resumed, atol=0) and equal(best, best_again, atol=0)
     assert again["history"] == done["history"] and again["papers"] == done["papers"]
-    files = [load_file(tmp_path / name / "last.safetensors") for name in ("whole", "cut")]
-    assert all(torch.equal(tensor, files[1][name]) for name, tensor in files[0].items())
-
-    finished, state, saved = fit(tmp_path / "cut", resume=True)  # a finished run is recognised
-    assert finished["history"] == done["history"] and saved == []
+    assert equal(*(load_file(tmp_path / name / "last.safetensors") for name in ("whole", "cut")), atol=0)
+    finished, _, _ = fit(tmp_path / "cut", make_task(losses=dying), resume=True)  # a finished run is recognised
+    assert finished["history"] == done["history"]
 
 
 def test_resume_refuses_another_run(tmp_path):
     fit(tmp_path, epochs=1)
-    with pytest.raises(common.InputError, match="lr was 0.05 and is 0.1"):
+    with pytest.raises(InputError, match="lr was 0.05 and is 0.1"):
         fit(tmp_path, epochs=1, lr=0.1, resume=True)
     (tmp_path / "last.safetensors").write_bytes(b"\0" * 100)
-    with pytest.raises(common.InputError, match="damaged"):
+    with pytest.raises(InputError, match="damaged"):
         fit(tmp_path, epochs=1, resume=True)
 
 
+def test_a_new_run_clears_the_earlier_one_and_nothing_else(tmp_path):
+    kept = [tmp_path / "notes.txt", tmp_path / "folds" / "mine.txt"]
+    names = ["best/a", "last.safetensors", "metrics.json", "test.csv", "fold1/best/a", "seed42/last.safetensors"]
+    for path in (*kept, *(tmp_path / name for name in names)):
+        path.parent.mkdir(exist_ok=True, parents=True)
+        path.touch()
+    training.begin(tmp_path, [tmp_path / "seed42"], resume=True)
+    assert all((tmp_path / name).exists() for name in names)
+    training.begin(tmp_path, [tmp_path / "fold1"], resume=True)  # there is no state to go on with
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == kept
+
+
 def test_stops_early_and_keeps_the_best(tmp_path):
-    done, _, saved = fit(tmp_path, epochs=30, patience=2, lr=0.3)
+    done, _, best = fit(tmp_path, epochs=30, patience=2, lr=0.3)
     history = done["history"]
-    best = max(range(len(history)), key=lambda i: (history[i]["f1"], -history[i]["log_loss"]))
-    assert len(history) == best + 3 < 30 and len(saved) <= best + 1
+    place = max(range(len(history)), key=lambda i: (history[i]["f1"], -history[i]["log_loss"]))
+    assert len(history) == place + 3 < 30
+    model = Words()
+    model.load_state_dict(best)
+    found = training.predict(training.make_accelerator("fp32"), model, make_papers(101)[80:], make_task(), 8)
+    log_loss = -np.log(np.where(np.arange(80, 101) % 2, found, 1 - found)).mean()
+    assert log_loss == pytest.approx(history[place]["log_loss"], abs=1e-4)
 
 
-def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
-    with pytest.raises(common.InputError, match="--lr"):
-        fit(tmp_path, losses=lambda model, papers: losses(model, papers) * float("nan"))
+def test_nan_names_the_flag(tmp_path):
+    def nan(function):
+        return lambda model, papers: function(model, papers) * float("nan")
+
+    with pytest.raises(InputError, match="loss became NaN in epoch 1: try --lr"):
+        fit(tmp_path, make_task(losses=nan(losses)))
+    with pytest.raises(InputError, match="NaN for 21 of 21 papers: .* --precision fp32"):
+        fit(tmp_path, make_task(probs=nan(probs)))
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+def limited(function, most):
+    """The function with memory for so many papers at a time."""
+
+    def run(model, papers):
+        if len(papers) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return function(model, papers)
+
+    return run
 
 
 def test_out_of_memory_names_the_flag(tmp_path):
-    def full(model, papers):
-        if len(papers) > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return losses(model, papers)
-
-    with pytest.raises(common.InputError, match=r"8 papers at a time: try --accumulate 2 .* or --batch-size 4"):
-        fit(tmp_path, losses=full)
-    fit(tmp_path, losses=full, accumulate=4)  # the advice, followed to its end, helps
-    with pytest.raises(common.InputError, match="--max-length 32"):
-        with training.step_advice(arguments(batch_size=1, accumulate=1)):
-            raise torch.OutOfMemoryError
-    with pytest.raises(RuntimeError, match="another fault"):
-        with training.model_advice():
-            raise RuntimeError("another fault")
+    task = make_task(losses=limited(losses, 2))
+    with pytest.raises(InputError, match=r"8 papers at a time: try --accumulate 2 .* or --batch-size 4"):
+        fit(tmp_path, task)
+    fit(tmp_path, task, accumulate=4)  # the advice, followed to its end, helps
+    one = arguments(batch_size=1, accumulate=1)
+    with pytest.raises(InputError, match="--max-length 32"), training.step_advice(one):
+        raise torch.OutOfMemoryError
+    with pytest.raises(RuntimeError, match="another fault"), training.model_advice():
+        raise RuntimeError("another fault")
 
 
-def test_out_of_memory_with_the_model_or_a_single_paper():
-    def full(model, papers):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    with pytest.raises(common.InputError, match=r"1 paper of \d+ tokens: try --max-length \d"):
-        training.predict(training.make_accelerator("fp32"), Words(), make_papers(9), full, 4)
-    for error in (torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError("can't allocate memory")):
-        with pytest.raises(common.InputError, match="out of memory for the model itself: .* smaller --model"):
-            with training.model_advice(), models.explain_loading("--model", "large"):
-                raise error
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("x"), MemoryError(), RuntimeError("can't allocate memory")])
+def test_out_of_memory_for_the_model_itself(error):
+    with pytest.raises(InputError, match="out of memory for the model itself: .* smaller --model"):
+        with training.model_advice(), hub.explain_loading("--model", "large"):
+            raise error
 
 
 def test_prediction_halves_its_batch_and_keeps_the_order():
-    model, papers, accelerator = Words(), make_papers(37), training.make_accelerator("fp32")
-    sizes = []
+    model, papers, accelerator, sizes = Words(), make_papers(37), training.make_accelerator("fp32"), []
 
-    def small(model, papers):
-        if len(papers) > 3:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+    def counted(model, papers):
         sizes.append(len(papers))
         return probs(model, papers)
 
-    want = training.predict(accelerator, model, papers, probs, 1)
-    assert np.allclose(training.predict(accelerator, model, papers, small, 16), want, atol=1e-6)
-    assert max(sizes) <= 2 and sum(sizes) == 37
-    with pytest.raises(common.InputError, match="out of memory"):
-        training.predict(accelerator, model, papers, lambda m, p: small(m, p * 4), 16)
+    want = training.predict(accelerator, model, papers, make_task(), 1)
+    halved = training.predict(accelerator, model, papers, make_task(probs=limited(counted, 3)), 16)
+    assert np.allclose(halved, want, atol=1e-6) and max(sizes) <= 3 and sum(sizes) == 37
+    with pytest.raises(InputError, match=r"1 paper of \d+ tokens: try --max-length \d"):
+        training.predict(accelerator, model, papers, make_task(probs=limited(probs, 0)), 16)

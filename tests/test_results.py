@@ -1,0 +1,193 @@
+import os
+import stat
+import threading
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from common import InputError, fingerprint
+from lib import results
+
+TEST = pd.DataFrame({"uuid": ["010", "x y", "a,b"], "title": ['Say "x", y', "βeta", "z"], "abstract": ["", "", ""]})
+
+
+def test_scores():
+    values = results.scores([1, 1, 0, 0], [0.9, 0.4, 0.6, 0.1])
+    expected = {"accuracy": 0.5, "precision": 0.5, "recall": 0.5, "f1": 0.5, "auc": 0.75}
+    assert {name: values[name] for name in expected} == expected
+    assert values["log_loss"] == pytest.approx(-np.log(0.9 * 0.4 * 0.4 * 0.9) / 4, abs=1e-6)
+    assert results.scores([1, 1], [1.0, 0.0])["auc"] is None
+    assert results.scores([0, 1], [0.0, 1.0])["log_loss"] < 1e-6
+    assert "–" in results.score_table([("bert", results.scores([1, 1], [1.0, 0.0]), "2 held out, title")])
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def put(path, text):
+    """Write `text` to a file; if `path` has no suffix, to a file in a folder."""
+    with results.atomic_write(path) as part:
+        if path.suffix:
+            return part.write_text(text)
+        part.mkdir()
+        (part / text).write_text(text)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "folder"])
+def test_a_write_replaces_all_or_nothing(tmp_path, name):
+    path = tmp_path / "new" / name
+    read = path.read_text if path.suffix else lambda: os.listdir(path)[0]
+    for text in ("old", "newer"):
+        put(path, text)
+        assert read() == text
+        with pytest.raises(RuntimeError), results.atomic_write(path) as part:
+            part.write_text("half") if path.suffix else part.mkdir()
+            raise RuntimeError
+        assert read() == text and os.listdir(path.parent) == [name]
+
+
+def test_of_a_link_the_target_is_replaced(tmp_path):
+    put(tmp_path / "disk" / "a.txt", "old")
+    (tmp_path / "link.txt").symlink_to("disk/a.txt")
+    put(tmp_path / "link.txt", "new")
+    assert (tmp_path / "link.txt").is_symlink() and (tmp_path / "disk" / "a.txt").read_text() == "new"
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.txt", "disk", "link.txt"]
+
+
+def test_a_pipe_is_written_to(tmp_path):
+    pipe, read = tmp_path / "pipe.txt", []
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: read.append(pipe.read_text()), daemon=True)
+    reader.start()
+    put(pipe, "all of it")
+    reader.join(10)
+    assert read == ["all of it"] and stat.S_ISFIFO(os.stat(pipe).st_mode) and os.listdir(tmp_path) == ["pipe.txt"]
+
+
+def test_a_device_stays_one(tmp_path):
+    device = tmp_path / "null.txt"
+    try:
+        os.mknod(device, stat.S_IFCHR | 0o666, os.makedev(1, 3))
+        device.write_text("x")
+    except OSError as error:
+        pytest.skip(f"making a device isn't permitted: {error}")
+    put(device, "gone")
+    assert stat.S_ISCHR(os.stat(device).st_mode) and os.listdir(tmp_path) == ["null.txt"]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[" * 5000, "5", "[]", '{"papers": 5, "fields": []}', '{"papers": {}}'])
+def test_damaged_json_is_refused(tmp_path, content):
+    path = tmp_path / "metrics.json"
+    assert results.read_json(path, papers=dict, fields=list) == {}
+    path.write_text(content)
+    with pytest.raises(InputError, match="metrics.json is damaged"):
+        results.read_json(path, papers=dict, fields=list)
+
+
+def test_what_differs_is_named():
+    assert results.describe_changes({"lr": 1, "a": 0}, {"lr": 2, "a": 0}) == "lr was 1 and is 2"
+
+
+# ---- the lock --------------------------------------------------------------------------------------------------------
+
+
+def test_a_second_run_in_one_folder_is_refused(tmp_path):
+    folder = tmp_path / "outputs" / "bert"
+    with results.locked(folder):
+        with pytest.raises(InputError, match="bert is in use by another run"), results.locked(folder):
+            pass
+        with results.locked(folder, wanted=False):  # another process of the same run
+            pass
+    assert not list(tmp_path.iterdir()), "a run that wrote nothing leaves nothing"
+    with results.locked(folder):
+        (folder / "test.csv").write_text("x")
+    with results.locked(folder):  # a lock that was left does not block
+        assert (folder / "test.csv").exists()
+
+
+def test_what_a_kill_between_two_renames_left_is_put_back(tmp_path):
+    for name in ("fold1/.best.123.old", "fold2/.best.123.old", "fold2/best", ".test.csv.7.part"):
+        put(tmp_path / name / "x.txt", name)
+    with results.locked(tmp_path):
+        assert (tmp_path / "fold1" / "best" / "x.txt").read_text() == "fold1/.best.123.old"
+        assert (tmp_path / "fold2" / "best" / "x.txt").read_text() == "fold2/best"
+        assert not list(tmp_path.rglob(".*.*"))
+
+
+# ---- predictions -----------------------------------------------------------------------------------------------------
+
+
+def test_results_come_back_as_written_or_the_old_ones_stay(tmp_path):
+    held_out, probs = TEST.assign(label=[0, 1, 1]), [0.1, 1 / 3, 1.0]
+    results.save_results(tmp_path, {"papers": {}}, TEST, probs, held_out, probs[::-1])
+    valid, test = (results.read_predictions(tmp_path / name) for name in ("valid.csv", "test.csv"))
+    assert valid["uuid"].tolist() == test["uuid"].tolist() == TEST["uuid"].tolist()
+    assert test["prob"].tolist() == probs and valid["prob"].tolist() == probs[::-1]
+    assert valid["label"].tolist() == [0, 1, 1] and "label" not in test
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for wrong in ([0.1, 0.2], [0.1, 0.2, np.nan], [0.1, 0.2, 1.5]):
+        for both in ((wrong, probs), (probs, wrong)):
+            with pytest.raises(ValueError, match="3 probabilities in"):
+                results.save_results(tmp_path, {"papers": {"more": 1}}, TEST, both[0], held_out, both[1])
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("uuid,label\na,1\n", "one column prob"),
+        ("uuid,prob\na,0.5\nb,1.5\n", "prob .* row 3"),
+        ("uuid,prob\na,nan\n", "prob .* row 2"),
+        ("uuid,prob\na,\n", "prob .* row 2"),
+        ("prob,UUID,label\n0.5,a,2\n", "label .* row 2"),
+        ("uuid,prob\na,0.5\nb", "row 3 has 1 cells"),
+    ],
+)
+def test_damaged_predictions_are_refused(tmp_path, text, words):
+    (tmp_path / "valid.csv").write_text(text)
+    with pytest.raises(InputError, match=f"valid.csv.*{words}"):
+        results.read_predictions(tmp_path / "valid.csv")
+
+
+def test_labels_are_those_of_the_file_beside(tmp_path, write_csv):
+    """testB.csv numbers its papers from 0, too: the labels of test.csv say nothing about them."""
+    write_csv("test_labels.csv", [["Label", "uuid"], ["1", "a,b"], ["0", "010"], ["1", "x y"], ["0", "other"]])
+    assert results.read_labels(tmp_path / "test.csv", TEST).tolist() == [0, 1, 1]
+    assert results.read_labels(tmp_path / "testB.csv", TEST) is None
+    write_csv("testB_labels.csv", [["uuid", "label"], ["010", "1"], ["x y", "2"], ["a,b", "0"]])
+    assert results.read_labels(tmp_path / "testB.csv", TEST) is None
+    write_csv("test_labels.csv", [["uuid"], ["010"]])
+    with pytest.raises(InputError, match="test_labels.csv: no column"):
+        results.read_labels(tmp_path / "test.csv", TEST)
+
+
+# ---- submission ------------------------------------------------------------------------------------------------------
+
+
+def submission(folder, test):
+    results.write_submission(folder / "s.csv", test, [1, 0, 1], folder / "outputs")
+    return pd.read_csv(folder / "s.csv", dtype=str, keep_default_na=False)
+
+
+def test_submission_keeps_uuids_order_and_text(tmp_path, capsys):
+    expected = pd.DataFrame({"uuid": TEST["uuid"], "Keywords": TEST["title"], "label": ["1", "0", "1"]}, dtype=str)
+    assert submission(tmp_path, TEST).equals(expected)
+    assert "the titles" in capsys.readouterr().err
+    own = TEST.assign(Keywords=["k; w", "", "v"])
+    assert submission(tmp_path, own)["Keywords"].tolist() == ["k; w", "βeta", "v"]
+    assert "the test file" in capsys.readouterr().err
+    for wrong in ([1, 0], [1, 0, 2]):
+        with pytest.raises(ValueError, match="3 labels"):
+            results.write_submission(tmp_path / "s.csv", TEST, wrong, tmp_path)
+
+
+def test_submission_takes_extracted_keywords_of_these_papers_only(tmp_path, capsys):
+    folder = tmp_path / "outputs" / "keywords"
+    for name in ("test.csv", "board.csv"):
+        results.write_csv(folder / name, {"uuid": TEST["uuid"][::-1], "Keywords": ["k3", "k2", "k1"]})
+    results.write_json(folder / "metrics.json", {"papers": {"test_fingerprint": fingerprint(TEST)}})
+    assert submission(tmp_path, TEST)["Keywords"].tolist() == ["k1", "k2", "k3"]
+    other = TEST.assign(title=["x", "y", "z"])
+    assert submission(tmp_path, other)["Keywords"].tolist() == ["x", "y", "z"]
+    assert "other test papers" in capsys.readouterr().err
