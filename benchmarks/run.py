@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -394,10 +395,8 @@ def describe_machine():
     names = re.findall(r"model name\s*: (.*)", info) or ["unknown processor"]
     versions = [f"Python {sys.version.split()[0]}"]
     for package in PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             versions.append(f"{package} {version(package)}")
-        except PackageNotFoundError:
-            pass
     return f"{names[0]}, {os.cpu_count()} cores, {2 * 2048**3 / min(times) / 1e9:.0f} GFLOP/s; {', '.join(versions)}"
 
 
