@@ -78,7 +78,7 @@ def read_model(folder, train, test, record):
         raise InputError(f"{folder / 'test.csv'} lacks uuid {few(missing)}: predict every paper of the test file")
     held_out = metrics["papers"].get("held_out") if metrics else None
     if held_out not in (None, len(valid)):
-        raise InputError(f"{folder / 'valid.csv'} has {len(valid)} papers, metrics.json beside it says {held_out}: run its "
+        raise InputError(f"{folder / 'valid.csv'} has {len(valid)} papers, but {held_out} were held out: run its "
                          "script again")
     if "label" not in valid:
         raise InputError(f"{folder / 'valid.csv'} has no column label: write uuid, label and prob")

@@ -450,16 +450,16 @@ def test_a_git_lfs_pointer_is_refused(tmp_path):
 
 
 class Answer(http.server.BaseHTTPRequestHandler):
-    """A hub that has one fault for each model: kit/status500 is answered with status 500, kit/silent never."""
+    """A hub that has one fault for each model: kit/status500 is answered with status 500, kit/silent0 never."""
 
     def do_GET(self):
         self.server.asked.append(self.path)
-        found = re.search("/kit/([a-z]+)(\\d*)", self.path)
-        if found[1] == "silent":
+        kind, status = re.search(r"(?:/kit/([a-z]+)(\d+)|$)", self.path).groups()
+        if kind == "silent":
             return self.server.over.wait(60)
-        self.send_response(int(found[2]))
-        if found[1] != "status":
-            self.send_header("X-Error-Code", {"gated": "GatedRepo", "missing": "RepoNotFound"}[found[1]])
+        self.send_response(int(status or 404))
+        if kind in ("gated", "missing"):
+            self.send_header("X-Error-Code", {"gated": "GatedRepo", "missing": "RepoNotFound"}[kind])
         self.end_headers()
         self.wfile.write(b"<html>not JSON</html>")
 
@@ -519,7 +519,7 @@ def test_what_the_hub_answers_becomes_one_line(tmp_path, failing_hub):
     ],
 )
 def test_a_hub_out_of_reach_is_one_line(tmp_path, failing_hub, address, env, word):
-    name = "kit/silent" if address == "silent" else "kit/any"
+    name = "kit/silent0" if address == "silent" else "kit/any"
     line, seconds = ask(tmp_path, failing_hub[0] if address == "silent" else address, name, **env)[name]
     assert word in line and "HF_ENDPOINT" in line and "\n" not in line and seconds < 15
-    assert len(failing_hub[1]) <= 2, "the hub is asked once"
+    assert sum(name in path for path in failing_hub[1]) <= 1, "it is asked once"
