@@ -74,6 +74,7 @@ def run_script(main):
         message, code = f"{error.filename or 'input/output'}: {error.strerror or error}", 2
     except KeyboardInterrupt as error:  # its text may say how to go on
         message, code = f"interrupted{'; ' if str(error) else ''}{error}", 130
+    sys.stdout = open(os.devnull, "w")  # what the real one could not write would be an error at the end of Python again
     if not Process.first:
         time.sleep(3)  # let the first say it: the launcher ends all as soon as one has ended
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)

@@ -227,14 +227,13 @@ def save_results(folder, metrics, test, test_probs, held_out=None, valid_probs=N
     that is killed here leaves the old results, the new ones, or a folder without test.csv: not a finished model.
     """
     folder = Path(folder)
-    with ExitStack() as stack:  # left in reverse order: metrics.json is put in place last
-        metrics_part, test_part = (stack.enter_context(atomic_write(folder / n)) for n in ("metrics.json", "test.csv"))
+    with ExitStack() as stack:  # left in reverse order: test.csv is put in place last
+        test_part, metrics_part = (stack.enter_context(atomic_write(folder / n)) for n in ("test.csv", "metrics.json"))
         if held_out is not None:
             write_probs(stack.enter_context(atomic_write(folder / "valid.csv")), held_out, valid_probs, labelled=True)
         write_probs(test_part, test, test_probs)
         write_json(metrics_part, metrics)
-        for name in ("metrics.json", "test.csv"):
-            (folder / name).unlink(missing_ok=True)
+        (folder / "test.csv").unlink(missing_ok=True)
 
 
 def read_predictions(path):
