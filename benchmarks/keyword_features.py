@@ -52,12 +52,14 @@ def main():
         print(f"{name:40} {f1:7.4f} {unseen:7.4f} {recall:9.4f}", flush=True)
 
     tell("everything")
-    for module in (candidates, ranker):
-        features = module.FEATURES
-        for group in features:
-            module.FEATURES = [other for other in features if other is not group]
-            tell(f"without {group.__name__}")
-        module.FEATURES = features
+    features, describe = ranker.FEATURES, candidates.describe
+    for group in features:
+        ranker.FEATURES = [other for other in features if other is not group]
+        tell(f"without {group.__name__}")
+    ranker.FEATURES = features
+    candidates.describe = lambda *phrase: {"tf": describe(*phrase)["tf"]}
+    tell("without describe")
+    candidates.describe = describe
     ranker.PROPOSED = 0
     tell("without keywords of similar papers")
 

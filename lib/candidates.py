@@ -4,15 +4,17 @@
     split_keywords("Deep learning; CNN.", separator)   # {"deep learning": "Deep learning", "cnn": "CNN"}
     found = find_candidates(titles, abstracts, train)  # Candidates: phrases of 1 to 5 words
 
-To add a feature, add a line to one of the functions in FEATURES below, or a function of your own:
-found -> {name: array [candidates]}. benchmarks/keyword_features.py says what it is worth.
+To add a feature, add a line to describe(). benchmarks/keyword_features.py says what it is worth.
 """
 
 import ast
 import re
+from array import array
+from collections import defaultdict
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
@@ -20,8 +22,6 @@ from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 LONGEST = 5  # words a phrase
 WORD = re.compile(r"([A-Z]\.(?= [a-z])|\w+(?:[-‐‑–'’.+_]\w+)*\+*)")  # one word: "E." of "E. coli", "IL-6", "PM2.5"
 CHINESE = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]")  # written without blanks, so a "word" is a whole clause
-PUNCTUATION = ".,;:()[]-–—/'\"%=<>"
-START, BLANK, MARK = 0, 1, 2  # what may stand before a word; MARK + 1 + i: the i-th of PUNCTUATION, MARK: another one
 TERMS = (  # words that scikit-learn takes for stop words, but that occur at the ends of keywords
     "system fire mine mill bill cry thick thin interest amount half part side back front top bottom full name con de co"
 )
@@ -94,190 +94,134 @@ def stem(phrase):
     return " ".join(map(stem_word, phrase.split(" ")))
 
 
-# ---- words -----------------------------------------------------------------------------------------------------------
-
-
-def enumerate_items(items):
-    """["b", "a", "b"] -> (array [0, 1, 0], ["b", "a"]): each item's number by first appearance, the different items."""
-    seen = {}
-    return np.array([seen.setdefault(item, len(seen)) for item in items], dtype=np.int64), list(seen)
-
-
-@dataclass
-class Text:
-    """The words of titles and abstracts, paper after paper. The arrays have one value a word, unless said otherwise."""
-
-    words: list  # the different words, in lower case; in the next line, an index into it
-    word: np.ndarray
-    written: np.ndarray  # str, as the paper writes it
-    paper: np.ndarray  # its paper
-    title: np.ndarray  # bool: in the title
-    gap: np.ndarray  # what stands before it: START (of title or abstract), BLANK, MARK or above
-
-    def per_word(self, value):
-        """value(word) of each different word, as an array [words in all papers]."""
-        return np.array([value(word) for word in self.words], dtype=float)[self.word]
-
-    def left(self):
-        """What stands before each word: the number of a word, or above all of these the kind of gap."""
-        return np.where(self.gap != BLANK, len(self.words) + self.gap, np.append(0, self.word[:-1])[: len(self.gap)])
-
-    def right(self):
-        """What stands behind each word, like left()."""
-        gap, word = np.append(self.gap, START)[1:], np.append(self.word, 0)[1:]
-        return np.where(gap != BLANK, len(self.words) + gap, word)
-
-
-def read_words(titles, abstracts):
-    """The words of papers, given as two lists of str, as a Text."""
-    gaps, written, lengths, title_lengths = [], [], [], []
-    for title, abstract in zip(titles, abstracts):
-        of_title, of_abstract = WORD.split(f"\n{title}"), WORD.split(f"\n{abstract}")  # gap, word, gap, …, word, gap
-        for parts in (of_title, of_abstract):
-            gaps += parts[:-1:2]
-            written += parts[1::2]
-        title_lengths.append(len(of_title) // 2)
-        lengths.append(len(of_title) // 2 + len(of_abstract) // 2)
-    form, forms = enumerate_items(written)
-    word, words = enumerate_items([w.lower() for w in forms])
-    word = word[form]
-    kind, kinds = enumerate_items(gaps)
-    marks = [gap.strip()[-1:] for gap in kinds]
-    kinds = [MARK + 1 + PUNCTUATION.find(mark) if mark else START if "\n" in gap else BLANK
-             for mark, gap in zip(marks, kinds)]  # fmt: skip
-    paper = np.repeat(np.arange(len(lengths)), lengths)
-    place = np.arange(len(form)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    gap = np.array(kinds, dtype=np.int64)[kind]
-    gap[place == 0] = START
-    title = place < np.repeat(np.array(title_lengths, dtype=np.int64), lengths)
-    return Text(words, word, np.array(forms, dtype=object)[form], paper, title, gap)
-
-
 # ---- candidates ------------------------------------------------------------------------------------------------------
+
+
+class Word(NamedTuple):
+    written: str  # as the paper writes it
+    lower: str
+    gap: str  # what stands before it: "" at the start of title or abstract, " ", or the last punctuation mark
+    title: bool  # it is in the title
+
+
+END = Word("", "", "", False)
 
 
 @dataclass
 class Candidates:
-    """The candidate phrases of all papers, by paper and place. `first` and so on are indices of words in `text`."""
+    """The candidate phrases of all papers, by paper and place."""
 
-    text: Text
     train: int  # how many papers, the first ones, are of train: no other paper may count for a test paper
-    phrases: list  # the different phrases, words joined by a blank
-    # Arrays [candidates]
-    paper: np.ndarray
-    phrase: np.ndarray  # index into phrases
-    n: np.ndarray  # how many words
-    first: np.ndarray  # its first word where it first occurs
-    last: np.ndarray  # its last word there
-    tf: np.ndarray  # how often it occurs in its paper
-    # Arrays [occurrences]
-    of: np.ndarray  # whose: index of the candidate
-    begin: np.ndarray  # first word
-    end: np.ndarray  # last word
-
-    def share(self, flags):
-        """Of a flag for each occurrence, the mean of each candidate."""
-        return np.bincount(self.of, flags, len(self.tf)) / self.tf
-
-    def mean(self, values):
-        """Of a value for each word of all texts, the mean over the words of each candidate."""
-        total = np.zeros(len(self.n))  # no running sum: its rounding would let other papers decide ties
-        for i in range(LONGEST):
-            longer = np.flatnonzero(self.n > i)
-            total[longer] += values[self.first[longer] + i]
-        return total / self.n
+    phrases: list  # the different phrases
+    words: list  # the different words and gaps
+    paper: np.ndarray  # [candidates]
+    phrase: np.ndarray  # [candidates]: index into phrases
+    head: np.ndarray  # [candidates]: first word, index into words
+    tail: np.ndarray  # [candidates]: last word
+    written: list  # [candidates]: as the paper writes it where it last occurs, inside a sentence if it does
+    features: dict  # {name: array [candidates]}
+    of: np.ndarray  # [occurrences]: whose, index of the candidate
+    left: np.ndarray  # [occurrences]: word or, where it is not a blank, gap before it; index into words
+    right: np.ndarray  # [occurrences]: word or gap behind it
 
 
-def find_occurrences(text):
+def read_words(text, title):
+    """The words of a title or an abstract, a list of Word."""
+    parts, words = WORD.split(text), []  # gap, word, gap, …, word, gap
+    for gap, written in zip(parts[::2], parts[1::2]):
+        mark = gap.strip()[-1:] or (" " if words else "")
+        words.append(Word(written, written.lower(), mark, title))
+    return words
+
+
+def find_phrases(words):
     """Phrases of up to LONGEST words that cross no punctuation, neither begin nor end with a stop word and do not begin
-    with a number. Returns (begin, end, phrase), arrays [occurrences]: first word, last word, the phrase's number.
+    with a number: {phrase: its places, a list of (first word, last word)}.
     """
-    size, different = len(text.word), max(1, len(text.words))
-    stop = text.per_word(lambda word: word in STOP or bool(CHINESE.search(word))) > 0
-    barred = stop | (text.per_word(lambda word: word.replace(".", "").isdigit()) > 0)
-    phrase, count = text.word.copy(), len(text.words)  # phrase: number of the phrase of n words that begins there
-    begin, parts = np.arange(size), []
-    for n in range(1, LONGEST + 1):
-        if n > 1:
-            begin = begin[begin + n - 1 < size]
-            begin = begin[text.gap[begin + n - 1] == BLANK]
-            pairs, number = np.unique(phrase[begin] * different + text.word[begin + n - 1], return_inverse=True)
-            phrase[begin] = count + number
-            count += len(pairs)
-        allowed = begin[~barred[begin] & ~stop[begin + n - 1]]
-        parts.append((allowed, allowed + n - 1, phrase[allowed]))
-    return tuple(np.concatenate(arrays) for arrays in zip(*parts))
+    phrases = {}
+    stop = [word.lower in STOP or bool(CHINESE.search(word.lower)) for word in words]
+    for first, word in enumerate(words[:-1]):
+        if stop[first] or word.lower.replace(".", "").isdigit():
+            continue
+        phrase = word.lower
+        for last in range(first, min(first + LONGEST, len(words) - 1)):
+            if last > first:
+                if words[last].gap != " ":
+                    break
+                phrase = f"{phrase} {words[last].lower}"
+            if not stop[last]:
+                phrases.setdefault(phrase, []).append((first, last))
+    return phrases
+
+
+def sides(words, first, last):
+    """The words beside a place, or the gaps where these are not a blank: (left, right)."""
+    left = words[first - 1].lower if words[first].gap == " " else words[first].gap
+    right = words[last + 1].lower if words[last + 1].gap == " " else words[last + 1].gap
+    return left, right
+
+
+@cache
+def is_open(side):
+    """Whether what stands beside a phrase is a stop word, punctuation or nothing."""
+    return side in STOP or not re.search(r"\w", side)
+
+
+def is_likely(words, places, alone):
+    """False for what hardly ever is a keyword: of what occurs once and not in the title, phrases of four words and more,
+    and those of one and three that are part of a longer one.
+    """
+    first, last = places[0]
+    n = last - first + 1
+    return len(places) > 1 or words[first].title or n == 2 or (alone > 0 and n < 4)
 
 
 def find_candidates(titles, abstracts, train):
     """The phrases of papers (two lists of str) that could be keywords, as Candidates. The first `train` papers are of
-    train. What hardly ever is a keyword is left out: of what occurs once and not in the title, phrases of four words
-    and more, and those of one and three that are part of a longer one.
+    train.
     """
-    text = read_words(titles, abstracts)
-    begin, end, phrase = find_occurrences(text)
-    key = text.paper[begin] * (phrase.max(initial=0) + 1) + phrase
-    _, first, of = np.unique(key, return_index=True, return_inverse=True)
-    # Candidates are numbered by place in the text, so that no tie is decided by what other papers hold.
-    by_place = np.lexsort(((end - begin)[first], begin[first]))
-    of, n = np.argsort(by_place)[of], (end - begin + 1)[first[by_place]]
-    left, right = open_sides(text, begin, end)
-    alone, in_title = np.bincount(of, left & right) > 0, np.bincount(of, text.title[begin]) > 0
-    keep = (np.bincount(of) > 1) | in_title | (n == 2) | (alone & (n < 4))
-    order = np.lexsort((begin, of))
-    order = order[keep[of[order]]]
-    begin, end, phrase, of = begin[order], end[order], phrase[order], (np.cumsum(keep) - 1)[of[order]]
-
-    tf = np.bincount(of)
-    first = np.cumsum(tf) - tf  # occurrences are sorted by candidate and place: the first one of each
-    _, example, phrase = np.unique(phrase[first], return_index=True, return_inverse=True)
-    places = zip(begin[first][example], end[first][example] + 1)
-    phrases = [" ".join([text.words[word] for word in text.word[a:b]]) for a, b in places]
-    paper, first, last = text.paper[begin[first]], begin[first], end[first]
-    return Candidates(text, train, phrases, paper, phrase, last - first + 1, first, last, tf, of, begin, end)
-
-
-def open_sides(text, begin, end):
-    """Whether punctuation or a stop word stands before and behind each occurrence: two bool arrays."""
-    stop = text.per_word(STOP.__contains__) > 0
-    left = (text.gap != BLANK) | np.append(True, stop[:-1])[: len(stop)]
-    right = np.append(text.gap != BLANK, True)[1:] | np.append(stop, True)[1:]
-    return left[begin], right[end]
+    phrases, numbers, written, rows, occurrences, features = {}, {}, [], [], [], defaultdict(lambda: array("f"))
+    for paper, (title, abstract) in enumerate(zip(titles, abstracts)):
+        words = [*read_words(title, True), *read_words(abstract, False), END]
+        for phrase, places in find_phrases(words).items():
+            beside = [sides(words, *place) for place in places]
+            alone = sum(is_open(left) and is_open(right) for left, right in beside)
+            if not is_likely(words, places, alone):
+                continue
+            for left, right in beside:
+                ends = [numbers.setdefault(word, len(numbers)) for word in (left, right)]
+                occurrences.append((len(rows), *ends))
+            first, last = places[0]
+            ends = [numbers.setdefault(words[place].lower, len(numbers)) for place in (first, last)]
+            rows.append((paper, phrases.setdefault(phrase, len(phrases)), *ends))
+            inside = [place for place in places if words[place[0]].gap not in ("", ".")]
+            first, last = (inside or places)[-1]
+            written.append(" ".join([word.written for word in words[first : last + 1]]))
+            for name, value in describe(phrase, [words[first] for first, _ in places], alone).items():
+                features[name].append(value)
+    paper, phrase, head, tail = np.array(rows, dtype=np.int64).reshape(-1, 4).T
+    of, left, right = np.array(occurrences, dtype=np.int64).reshape(-1, 3).T
+    features = {name: np.array(values, dtype=np.float32) for name, values in features.items()}
+    return Candidates(
+        train, [*phrases], [*numbers], paper, phrase, head, tail, written, features, of, left, right
+    )  # fmt: skip
 
 
-# ---- features that need no keywords ----------------------------------------------------------------------------------
-
-
-def shape(found):
-    """How long a phrase is and how it is written."""
-    text = found.text
-    letters = text.per_word(len)
-    upper = np.array([word[1:] != word[1:].lower() for word in text.written], dtype=bool)
+def describe(phrase, starts, alone):
+    """The features of a phrase that need no keywords: {name: number}. starts: its first Word at each of its places;
+    alone: at how many of them it stands between punctuation marks or stop words.
+    """
+    words, tf = phrase.split(" "), len(starts)
     return {
-        "words": found.n,
-        "letters": found.mean(letters) * found.n,
-        "letters_first": letters[found.first],
-        "letters_last": letters[found.last],
-        "upper": found.share(upper[found.begin]),
-        "hyphens": found.mean(text.per_word(lambda word: "-" in word)),
-        "digits": found.mean(text.per_word(lambda word: any(map(str.isdigit, word)))),
-        "stop_words": found.mean(text.per_word(STOP.__contains__)),
+        "words": len(words),
+        "letters": len(phrase),
+        "letters_first": len(words[0]),
+        "letters_last": len(words[-1]),
+        "upper": sum(word.written[1:] != word.lower[1:] for word in starts) / tf,
+        "hyphens": phrase.count("-"),
+        "digits": sum(map(str.isdigit, phrase)),
+        "stop_words": sum(word in STOP for word in words),
+        "tf": tf,
+        "alone": alone / tf,
+        "alone_count": alone,
     }
-
-
-def frequency(found):
-    """How often a phrase occurs in its paper, and in how few other papers of train."""
-    length = np.bincount(found.text.paper)[found.paper]
-    train = found.paper < found.train
-    others = np.bincount(found.phrase[train], minlength=len(found.phrases))[found.phrase] - train
-    return {"tf": found.tf, "tf_idf": found.tf / length * np.log((found.train + 1) / (others + 1))}
-
-
-def boundaries(found):
-    """Whether a phrase stands alone: between punctuation marks, stop words, the ends of a sentence."""
-    left, right = open_sides(found.text, found.begin, found.end)
-    alone = found.share(left & right)
-    return {"alone": alone, "alone_count": alone * found.tf}
-
-
-FEATURES = (shape, frequency, boundaries)

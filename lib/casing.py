@@ -15,7 +15,7 @@ from collections import Counter, defaultdict
 import numpy as np
 from sklearn.ensemble import HistGradientBoostingClassifier
 
-from lib.candidates import MARK, PUNCTUATION, START, STOP
+from lib.candidates import STOP
 from lib.ranker import cross_fit, entries, weigh_neighbours
 
 TREES = {"max_iter": 80, "learning_rate": 0.08, "max_leaf_nodes": 15, "min_samples_leaf": 30}
@@ -85,31 +85,18 @@ def count_writings(corpus, folds):
     return counts
 
 
-def written_in_texts(corpus, paper, phrase):
-    """How each paper writes each phrase, where it last occurs inside a sentence if it does: a list of str, None for a
-    phrase that the paper does not hold.
-    """
-    found, text, size = corpus.found, corpus.found.text, len(corpus.phrases)
-    after_period = np.isin(text.gap[found.begin], (START, MARK + 1 + PUNCTUATION.find(".")))
-    order = np.lexsort((found.begin, ~after_period, found.of))
-    begin = found.begin[order][np.cumsum(found.tf) - 1]
-    key, ways = found.paper * size + found.phrase, {}
-    for i in np.flatnonzero(np.isin(key, paper * size + phrase)):
-        ways[key[i]] = " ".join(text.written[begin[i] : begin[i] + found.n[i]])
-    return [ways.get(i) for i in paper * size + phrase]
-
-
 def describe_entries(corpus, rated, folds, titles):
     """All entries of rated candidates: their candidate (index into rated), how they are written (list of str), features
     (float32 [entries, features]), whether the paper has exactly that keyword (bool). Arguments as for list_entries.
     """
-    counts, in_texts = count_writings(corpus, folds), written_in_texts(corpus, *rated[:2])
+    counts, found = count_writings(corpus, folds), corpus.found
+    in_texts = dict(zip(zip(found.paper.tolist(), found.phrase.tolist()), found.written))
     title_capitals = [capital_share([w for w in title.split()[1:] if w.lower() not in STOP]) for title in titles]
     capitals = np.array([capital_share(keywords.values()) for keywords in corpus.written])
     neighbours_capitals = weigh_neighbours(corpus.tfidf, folds) @ capitals
     of, ways, features, hit = [], [], array("f"), []
-    for i, (paper, phrase, in_text) in enumerate(zip(*rated[:2], in_texts)):
-        keyword = corpus.phrases[phrase]
+    for i, (paper, phrase) in enumerate(zip(*rated[:2])):
+        keyword, in_text = corpus.phrases[phrase], in_texts.get((paper, phrase))
         elsewhere = counts.get((None, keyword), Counter()) - counts.get((folds[paper], keyword), Counter())
         for written in casings(keyword, in_text, elsewhere):
             of.append(i)

@@ -20,8 +20,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
-from lib import candidates
-from lib.candidates import STOP, Candidates, enumerate_items, find_candidates, stem
+from lib.candidates import STOP, Candidates, find_candidates, stem
 
 NEIGHBOURS, PROPOSED = 40, 30  # labelled papers asked for keywords, and how many of those keywords become candidates
 TREES = {"max_iter": 100, "learning_rate": 0.1, "max_leaf_nodes": 31, "max_features": 0.2}
@@ -62,10 +61,16 @@ def build_corpus(train, test, written):
         written=[*written, *({} for _ in range(len(test)))],
         phrases=list(numbers),
         alphabet=np.argsort(np.argsort(np.array(list(numbers), dtype=str))),
-        stems=enumerate_items([stem(phrase) for phrase in numbers])[0],
+        stems=enumerate_items([stem(phrase) for phrase in numbers]),
         keywords=sparse.csr_matrix((ones, (papers, phrases)), shape=(count, len(numbers))),
         tfidf=weigh_words([f"{title}\n{abstract}" for title, abstract in zip(titles, abstracts)], len(train)),
     )
+
+
+def enumerate_items(items):
+    """["b", "a", "b"] -> array [0, 1, 0]: each item's number by first appearance."""
+    seen = {}
+    return np.array([seen.setdefault(item, len(seen)) for item in items], dtype=np.int64)
 
 
 def weigh_words(texts, train):
@@ -173,33 +178,38 @@ def known_keywords(view):
 
 def phrase_rates(view):
     """How often a phrase in a text is a keyword, and any phrase with such words at its ends or beside it."""
-    found, text = view.corpus.found, view.corpus.found.text
+    found = view.corpus.found
     folds, hits = view.folds[found.paper], view.hit[: len(found.paper)].astype(float)
-    head, tail, left, right = text.word[found.first], text.word[found.last], text.left(), text.right()
-    endings = enumerate_items([word[-4:] for word in text.words])[0]
-    keys = {  # name: (what phrases have in common, weight of the rate of all)
-        "phrase": (view.corpus.stems[found.phrase], 3),
-        "head": (head, 10),
-        "tail": (tail, 10),
-        "head_end": (endings[head], 20),
-        "tail_end": (endings[tail], 20),
-        "left": (left[found.first], 10),
-        "right": (right[found.last], 10),
-    }
-    features = {f"rate_{name}": rates(key, hits, folds, strength) for name, (key, strength) in keys.items()}
-    for name, key in (("left", left[found.begin]), ("right", right[found.end])):  # of all places where it occurs
-        features[f"rates_{name}"] = found.share(rates(key, hits[found.of], folds[found.of], 10))
+    endings = enumerate_items([word[-4:] for word in found.words])
+    features = {}
+    for name, keys, strength in (
+        ("phrase", view.corpus.stems[found.phrase], 3),
+        ("head", found.head, 10),
+        ("tail", found.tail, 10),
+        ("head_end", endings[found.head], 20),
+        ("tail_end", endings[found.tail], 20),
+    ):
+        features[f"rate_{name}"] = rates(keys, hits, folds, strength)
+    tf = found.features["tf"]
+    for name, keys in (("left", found.left), ("right", found.right)):  # the mean over all places
+        features[f"rate_{name}"] = np.bincount(found.of, rates(keys, hits[found.of], folds[found.of], 10), len(tf)) / tf
     return features
 
 
-FEATURES = (known_keywords, phrase_rates)
+def frequency(view):
+    """How often a phrase occurs in its paper, and in how few other papers of train."""
+    found = view.corpus.found
+    train = found.paper < found.train
+    others = np.bincount(found.phrase[train], minlength=len(found.phrases))[found.phrase] - train
+    return {"tf_idf": found.features["tf"] * np.log((found.train + 1) / (others + 1))}
+
+
+FEATURES = (known_keywords, phrase_rates, frequency)
 
 
 def make_features(view):
     """All features {name: array [candidates]}. What a proposed keyword lacks, since it is in no text, is -1."""
-    features = {}
-    for function in candidates.FEATURES:
-        features |= function(view.corpus.found)
+    features = dict(view.corpus.found.features)
     for function in FEATURES:
         features |= function(view)
     for name, values in features.items():
@@ -260,15 +270,14 @@ def rate_once(corpus, folds, asked, seed):
     """learn_and_rate over one partition; the fold's number is added to the seed of its trees."""
     view = look(corpus, folds)
     wanted = np.flatnonzero(((folds >= 0) | asked)[view.paper])
-    x = np.column_stack([values[wanted] for values in make_features(view).values()])
+    features = make_features(view)
+    x = np.column_stack([values[wanted] for values in features.values()])
     paper, phrase, hit = view.paper[wanted], view.phrase[wanted], view.hit[wanted]
 
     def rate(number, learn, rows):
         if 0 < hit[learn].sum() < learn.sum():
             return fit_trees(x[learn], hit[learn], seed + number)(x[rows])
-        weight = candidates.frequency(corpus.found)["tf_idf"]  # nothing to learn from
-        weight = np.append(weight, np.zeros(len(view.paper) - len(weight)))[wanted]
-        return 1 / (2 + rank(paper[rows], weight[rows]))
+        return 1 / (2 + rank(paper[rows], features["tf_idf"][wanted][rows]))  # nothing to learn from
 
     return paper, phrase, cross_fit(folds[paper], rate)
 

@@ -83,8 +83,8 @@ def test_candidates_cross_no_punctuation_and_begin_and_end_with_no_stop_word():
     names = {found.phrases[i] for i in found.phrase}
     assert {"e. coli", "cell wall", "il-6", "growth of cells", "covid-19", "growth", "milk"} <= names
     assert not {"of", "the cell", "wall for", "milk the", "milk the cell", "cells covid-19"} & names
-    places = [found.text.word[i] for i in found.first]
-    assert places == [found.text.words.index(found.phrases[i].split()[0]) for i in found.phrase]
+    assert [found.words[i] for i in found.head] == [found.phrases[i].split()[0] for i in found.phrase]
+    assert [written.lower() for written in found.written] == [found.phrases[i] for i in found.phrase]
 
 
 def test_rates_never_see_the_own_fold():
