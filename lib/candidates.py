@@ -167,13 +167,13 @@ def is_open(side):
     return side in STOP or not re.search(r"\w", side)
 
 
-def is_likely(words, places, alone):
-    """False for what hardly ever is a keyword: of what occurs once and not in the title, phrases of four words and more,
-    and those of one and three that are part of a longer one.
+def is_likely(words, places, beside):
+    """False for what hardly ever is a keyword: of what occurs once and not in the title, phrases of four words and
+    more, and those of one and three that are part of a longer one.
     """
     first, last = places[0]
-    n = last - first + 1
-    return len(places) > 1 or words[first].title or n == 2 or (alone > 0 and n < 4)
+    alone = any(is_open(left) and is_open(right) for left, right in beside)
+    return len(places) > 1 or words[first].title or last == first + 1 or (alone and last < first + 3)
 
 
 def find_candidates(titles, abstracts, train):
@@ -185,8 +185,7 @@ def find_candidates(titles, abstracts, train):
         words = [*read_words(title, True), *read_words(abstract, False), END]
         for phrase, places in find_phrases(words).items():
             beside = [sides(words, *place) for place in places]
-            alone = sum(is_open(left) and is_open(right) for left, right in beside)
-            if not is_likely(words, places, alone):
+            if not is_likely(words, places, beside):
                 continue
             for left, right in beside:
                 ends = [numbers.setdefault(word, len(numbers)) for word in (left, right)]
@@ -197,7 +196,7 @@ def find_candidates(titles, abstracts, train):
             inside = [place for place in places if words[place[0]].gap not in ("", ".")]
             first, last = (inside or places)[-1]
             written.append(" ".join([word.written for word in words[first : last + 1]]))
-            for name, value in describe(phrase, [words[first] for first, _ in places], alone).items():
+            for name, value in describe(phrase, [words[first] for first, _ in places], beside).items():
                 features[name].append(value)
     paper, phrase, head, tail = np.array(rows, dtype=np.int64).reshape(-1, 4).T
     of, left, right = np.array(occurrences, dtype=np.int64).reshape(-1, 3).T
@@ -207,11 +206,13 @@ def find_candidates(titles, abstracts, train):
     )  # fmt: skip
 
 
-def describe(phrase, starts, alone):
+def describe(phrase, starts, beside):
     """The features of a phrase that need no keywords: {name: number}. starts: its first Word at each of its places;
-    alone: at how many of them it stands between punctuation marks or stop words.
+    beside: at each of them (left, right), see sides().
     """
     words, tf = phrase.split(" "), len(starts)
+    open_left, open_right = [is_open(left) for left, _ in beside], [is_open(right) for _, right in beside]
+    alone = sum(left and right for left, right in zip(open_left, open_right))
     return {
         "words": len(words),
         "letters": len(phrase),
@@ -222,6 +223,12 @@ def describe(phrase, starts, alone):
         "digits": sum(map(str.isdigit, phrase)),
         "stop_words": sum(word in STOP for word in words),
         "tf": tf,
+        "title": sum(word.title for word in starts),
+        "open_left": sum(open_left) / tf,
+        "open_right": sum(open_right) / tf,
         "alone": alone / tf,
         "alone_count": alone,
+        "different_left": len({left for left, _ in beside}) / tf,
+        "different_right": len({right for _, right in beside}) / tf,
+        "before_bracket": sum(right == "(" for _, right in beside) / tf,
     }
