@@ -28,7 +28,7 @@ HERE = Path(__file__).resolve().parent
 FIELDS = ("title", "author", "abstract", "Keywords")
 REQUIRED = ("uuid", "title", "abstract")
 MAX_COLUMNS = 1000
-PLACEHOLDERS = {"", "nan", "none", "null", "nil", "n/a", "#n/a", "-", "--", "?", "tmp", "unknown", "无", "暂无"}
+PLACEHOLDERS = {"", "nan", "none", "null", "nil", "n/a", "#n/a", "-", "--", "?", "tmp", "todo", "na", "无", "暂无"}
 INVISIBLE = dict.fromkeys([0xAD, 0x61C, 0xFEFF, *range(0x200B, 0x2010), *range(0x202A, 0x202F), *range(0x2060, 0x2070)])
 # Tags of JATS and HTML as abstracts have them; those within a word are removed, others are like a blank.
 ATTRIBUTES = r"""(?:\s+[\w:.-]+\s*=\s*(?:"[^"]*"|'[^']*'))*\s*/?>"""
