@@ -315,9 +315,9 @@ def main():
     if (args.folder / "labels.csv").is_file():
         known = pd.read_csv(args.folder / "labels.csv", dtype={"uuid": str}).set_index("uuid")["label"]
         args.labels = known.reindex(test["uuid"], fill_value=-1).to_numpy()
-    (found, metrics), seconds = timed(PEERS[args.name], train, test, fields, args)
+    found, metrics = PEERS[args.name](train, test, fields, args)
     out = args.folder / "outputs" / args.name
-    metrics |= {"seconds": seconds, "epochs_run": [args.epochs], **results.environment()}
+    metrics |= {"epochs_run": [args.epochs], **results.environment()}
     if PEERS[args.name] in CLASSIFIERS:
         results.save_results(out, metrics, test, found)
     else:
