@@ -112,7 +112,7 @@ def test_models_with_the_same_f1_are_no_winner_and_a_loser(kit, write_csv):
 def test_a_damaged_keywords_folder_costs_the_submission_alone(kit, tmp_path):
     keywords = tmp_path / "outputs" / "keywords"
     keywords.mkdir(parents=True)
-    for name in ("test.csv", "metrics.json"):
+    for name in ("board.csv", "metrics.json"):
         (keywords / name).write_text("[")
     done = kit("baseline.py")
     assert done.returncode == 2 and "metrics.json is damaged" in done.stderr
