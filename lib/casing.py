@@ -4,7 +4,7 @@
 
 An entry is a pair of phrase and casing. Boosted trees learn from the training papers' own keywords which casing
 P(casing | phrase, paper) a keyword has; P(entry) = P(keyword) x P(casing). All of it is cross-fitted over the folds of
-papers: how a paper writes its own keywords never shapes its prediction.
+papers: how a paper writes its own keywords changes no feature of its entries.
 
 To add a feature, add a line to describe(). To offer another casing, add a line to casings().
 """
@@ -21,7 +21,7 @@ from lib.ranker import cross_fit, entries, weigh_neighbours
 TREES = {"max_iter": 80, "learning_rate": 0.08, "max_leaf_nodes": 15, "min_samples_leaf": 30}
 
 
-def capital(phrase):
+def has_capital(phrase):
     """'DNA of E. coli' -> True, 'pH' -> False."""
     return phrase[:1] != phrase[:1].lower()
 
@@ -38,7 +38,7 @@ def title_case(phrase):
 
 def capital_share(words):
     """The share of words that begin with a capital, 0 if there are none."""
-    return sum(map(capital, words)) / max(len(words), 1)
+    return sum(map(has_capital, words)) / max(len(words), 1)
 
 
 def most_common(counter):
@@ -59,16 +59,16 @@ def describe(written, phrase, in_text, elsewhere):
     """The features of one casing, a tuple of numbers."""
     total, rest = elsewhere.total(), written.split(" ")[1:]
     usual = in_text or (most_common(elsewhere)[0] if total else phrase)
-    capitals = sum(count for other, count in elsewhere.items() if capital(other))
+    capitals = sum(count for other, count in elsewhere.items() if has_capital(other))
     return (
-        capital(written),
+        has_capital(written),
         written[1:] == phrase[1:],  # all in lower case but for the first letter
         capital_share(rest),
         len(rest),
         written == title_case(phrase),
         written == in_text if in_text else -1,
         written[1:] == usual[1:],
-        capital(usual),
+        has_capital(usual),
         elsewhere[written] / total if total else -1,
         (capitals + 1) / (total + 3),
         len(phrase.split(" ")[0]),

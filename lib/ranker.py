@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 from scipy import sparse
 from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.feature_extraction.text import TfidfVectorizer
@@ -196,6 +197,16 @@ def phrase_rates(view):
     return features
 
 
+def word_rates(view):
+    """How often the first and the last word are part of a keyword of the papers that hold them."""
+    found, features = view.corpus.found, {}
+    own = [set(" ".join(keywords).split()) for keywords in view.corpus.written]
+    for name, ends in (("head", found.head), ("tail", found.tail)):
+        used = np.array([found.words[word] in own[paper] for word, paper in zip(ends, found.paper)], dtype=float)
+        features[f"word_{name}"] = rates(ends, used, view.folds[found.paper], 10)
+    return features
+
+
 def frequency(view):
     """How often a phrase occurs in its paper, and in how few other papers of train."""
     found = view.corpus.found
@@ -204,7 +215,7 @@ def frequency(view):
     return {"tf_idf": found.features["tf"] * np.log((found.train + 1) / (others + 1))}
 
 
-FEATURES = (known_keywords, phrase_rates, frequency)
+FEATURES = (known_keywords, phrase_rates, word_rates, frequency)
 
 
 def make_features(view):
@@ -225,11 +236,7 @@ def make_features(view):
 
 def rank(paper, values):
     """Each candidate's place (0 = first) in its paper by falling value; ties keep their order."""
-    order = np.lexsort((-values, paper))
-    starts = np.flatnonzero(np.diff(paper[order], prepend=-1))
-    places = np.empty(len(values), dtype=np.int64)
-    places[order] = np.arange(len(values)) - np.repeat(starts, np.diff(np.append(starts, len(values))))
-    return places
+    return pd.Series(-values).groupby(paper).rank(method="first").to_numpy().astype(np.int64) - 1
 
 
 def fit_trees(x, hit, seed):
