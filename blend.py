@@ -76,6 +76,10 @@ def read_model(folder, train, test, record):
     if len(predicted) < len(test):
         missing = test["uuid"][~test["uuid"].isin(predicted["uuid"])]
         raise InputError(f"{folder / 'test.csv'} lacks uuid {few(missing)}: predict every paper of the test file")
+    held_out = metrics["papers"].get("held_out") if metrics else None
+    if held_out not in (None, len(valid)):
+        raise InputError(f"{folder / 'valid.csv'} has {len(valid)} papers, but {held_out} were held out: run its "
+                         "script again")
     if "label" not in valid:
         raise InputError(f"{folder / 'valid.csv'} has no column label: write uuid, label and prob")
     wrong = valid["label"].to_numpy() != train.set_index("uuid")["label"].loc[valid["uuid"]].to_numpy()

@@ -38,12 +38,18 @@ def local_folder(flag, name):
     return str(folder)
 
 
+def limit_wait(request):
+    """Let a request to the hub end after WAIT seconds of silence: snapshot_download's first one would wait for ever."""
+    request.extensions["timeout"] = dict.fromkeys(("connect", "read", "write", "pool"), WAIT)
+
+
 def download(flag, name):
     """Download a model from the hub into its cache, as a Path. Without the hub the cache alone will do."""
-    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub import constants, get_session, snapshot_download
 
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or set(name) <= {".", "/"}:
         raise InputError(f"{flag} {name} is neither a directory nor a name on the hub")
+    get_session().event_hooks["request"].append(limit_wait)
     options = {"etag_timeout": WAIT, "ignore_patterns": ["*/*"]}
     log(f"{flag} {name}: looking on the hub, {constants.ENDPOINT}")
     try:
@@ -59,7 +65,7 @@ def hub_fault(error):
     """Why the hub gave no files, and the remedy, in words."""
     from huggingface_hub import errors, get_token
 
-    cause = error.__cause__ or error
+    cause = error if getattr(error, "response", None) is not None else error.__cause__ or error
     kind, status = type(cause).__name__, getattr(getattr(cause, "response", None), "status_code", None)
     if isinstance(cause, errors.OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set, and it is not in the cache: unset HF_HUB_OFFLINE"

@@ -21,25 +21,32 @@ from safetensors import safe_open
 
 import common
 
-MOMENTS = {"bert-folds": 4, "lora-predict-new": 4}  # in one run of a case; 10 of the others
+MOMENTS = {"bert-folds": 5, "bert-seeds": 5, "lora-folds": 5, "lora-predict-new": 5}  # in one run; 10 of the others
 CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir")
 QUICK = ["--limit", "24", "--batch-size", "4", "--epochs", "2", "--save-minutes", "0"]
-BERT = ["bert_finetune.py", "--model", "BERT", *QUICK, "--lr", "0.003", "--no-heads", "--max-length"]
+BERT = ["bert_finetune.py", "--model", "BERT", *QUICK, "--lr", "0.003", "--no-short-copies", "--max-length"]
 DATA = ["make_llm_data.py", "--limit", "24", "--fields", "title"]
-LORA = ["lora_finetune.py", "--model", "LLM", *QUICK, "--lr", "0.01", "--fields", "title", "--rank"]
-SCORE = ["lora_predict.py", "--limit", "24", "--fields", "title"]
+LORA = ["lora_finetune.py", "--model", "LLM", *QUICK, "--lr", "0.01", "--rank"]
+SCORE = ["lora_predict.py", "--limit", "24"]
 BASELINE = ["baseline.py", "--limit", "24", "--fields", "title"]
 NEW_TEST = ["--predict-only", "--test", "testB.csv"]
-FOLDS = ["--folds", "2"]
-RESULTS = ["metrics.json", "valid.csv", "test.csv"]
+FOLDS, SEEDS = ["--folds", "2"], ["--seeds", "2"]
+RESULTS = ["test.csv", "metrics.json", "valid.csv"]
 
 # name: (what ran before, with other settings; the command that is killed; what it writes, of which the first file says
 # that all the others are of one finished run)
 CASES = {
     "bert": ([[*BERT, 48]], [*BERT, 32], "bert", [*RESULTS, "best/model.safetensors"]),
     "bert-folds": ([[*BERT, 48, *FOLDS]], [*BERT, 32, *FOLDS], "bert", [*RESULTS, "fold1/best/model.safetensors"]),
+    "bert-seeds": ([[*BERT, 48, *FOLDS]], [*BERT, 32, *SEEDS], "bert", [*RESULTS, "seed43/best/model.safetensors"]),
     "bert-predict": ([[*BERT, 48]], ["bert_finetune.py", *NEW_TEST], "bert", RESULTS),
     "lora": ([DATA, [*LORA, 4], SCORE], [*LORA, 8], "lora", ["training.json", "best/adapter_model.safetensors"]),
+    "lora-folds": (
+        [DATA, [*LORA, 4], SCORE],
+        [*LORA, 8, *FOLDS],
+        "lora",
+        ["training.json", "fold1/best/adapter_model.safetensors", "fold2/best/adapter_model.safetensors"],
+    ),
     "lora-predict": ([DATA, [*LORA, 4], SCORE], [*SCORE, "--max-length", 80], "lora", RESULTS),
     "lora-predict-new": ([DATA, [*LORA, 4], SCORE], ["lora_predict.py", *NEW_TEST], "lora", RESULTS),
     "llm-data": (
@@ -71,12 +78,12 @@ def child(folder, command, moment, number):
     def audit(event, arguments):
         if event in CHANGES or event == "open" and "w" in str(arguments[1]):
             path = os.fsdecode(arguments[0]) if not isinstance(arguments[0], int) else "/dev"
-            if not os.path.isabs(path) or path.startswith(str(folder)):  # shutil.rmtree gives names alone
+            if not Path(path).is_absolute() or path.startswith(str(folder)):  # shutil.rmtree gives names alone
                 pass_moment()
 
     sys.argv = list(map(str, command))
     script = __import__(command[0].removesuffix(".py"))
-    if training := sys.modules.get("training"):
+    if training := sys.modules.get("lib.training"):
         update = training.tqdm.update
         training.tqdm.update = lambda bar, count: update(bar, count) or pass_moment()
     sys.addaudithook(audit)
@@ -155,9 +162,7 @@ def contents(case, folder):
             found.append(None)
         elif path.name in ("metrics.json", "training.json"):
             record = json.loads(path.read_text())
-            known = {key: record.get(key) for key in ("scores", "papers", "fields", "settings", "epochs_run")}
-            half = path.name == "metrics.json" and "test_fingerprint" not in record["papers"]  # blend.py refuses it
-            found.append(None if half else known)
+            found.append({key: record.get(key) for key in ("scores", "papers", "fields", "settings", "epochs_run")})
         else:
             found.append(path.read_bytes())
     return found
@@ -214,7 +219,7 @@ def test_interrupted(prepared, case):
     resume = [] if case == "lora-predict" else ["--resume"]
     code, stderr, _ = go(earlier, command, moments // 2, signal.SIGINT)
     assert code == 130 and "Traceback" not in stderr, stderr
-    hint = "the same command with --resume goes on" if resume else "the same command goes on"
+    hint = "the same command with --resume goes on" if resume else "the same command starts again"
     assert stderr.splitlines()[-1].endswith(f"{command[0]}: interrupted; {hint}"), stderr
     code, stderr, _ = go(earlier, [*command, *resume])
     assert code == 0, stderr

@@ -14,24 +14,22 @@ from lib import hub, training
 
 
 @pytest.mark.parametrize(("count", "size"), [(1, 16), (16, 16), (17, 16), (1000, 7)])
-def test_batches_hold_each_paper_once_with_its_like(count, size):
+def test_batches_hold_each_paper_once(count, size):
     lengths = np.random.default_rng(0).integers(1, 513, count)
-    for seed in (None, 3):
-        batches = training.length_batches(lengths, size, seed)
+    alike, drawn = training.length_batches(lengths, size), training.draw_batches(lengths, size, (42, 1))
+    for batches in (alike, drawn):
         assert sorted(np.concatenate(batches)) == list(range(count))
         assert max(map(len, batches)) <= size and len(batches) == -(-count // size)
-        if count > 100:
-            padded = sum(len(batch) * lengths[batch].max() for batch in batches)
-            assert padded < 1.1 * lengths.sum(), "batches are not of like length"
-    assert lengths[training.length_batches(lengths, size)[0]].max() == lengths.max(), "longest first"
+    assert sorted(lengths, reverse=True) == lengths[np.concatenate(alike)].tolist(), "the longest first, with its like"
+    assert all((np.diff(lengths[batch]) >= 0).all() for batch in drawn), "pieces of a batch are of like length"
 
 
 def test_the_order_of_batches_depends_on_seed_and_epoch_alone():
     lengths = np.arange(500)
-    first, again, other = (training.length_batches(lengths, 8, seed) for seed in ((42, 1), (42, 1), (42, 2)))
+    first, again, other = (training.draw_batches(lengths, 8, seed) for seed in ((42, 1), (42, 1), (42, 2)))
     assert all(map(np.array_equal, first, again)) and not all(map(np.array_equal, first, other))
     means = [lengths[batch].mean() for batch in first]
-    assert abs(np.corrcoef(means, np.arange(len(means)))[0, 1]) < 0.5, "batches go by length"
+    assert abs(np.corrcoef(means, np.arange(len(means)))[0, 1]) < 0.5 and np.std(means) > 30, "batches go by length"
 
 
 @pytest.mark.parametrize("shape", ["linear", "cosine"])
@@ -158,25 +156,44 @@ def test_accumulation_changes_nothing(tmp_path, accumulate):
     assert equal(whole, split, atol=1e-5)
 
 
-@pytest.mark.parametrize("steps", [3, 12, 25])
-def test_resumed_equals_uninterrupted(tmp_path, steps):
-    done, whole, best = fit(tmp_path / "whole", save_minutes=0)
-    calls = []
+def dying(calls, steps):
+    """Losses that end the run after so many steps. `calls`: a list that grows with each."""
 
-    def dying(model, papers):
+    def run(model, papers):
         calls.append(len(papers))
         if len(calls) > steps:
             raise InterruptedError
         return losses(model, papers)
 
+    return run
+
+
+LEARNS = {"batch_size": 1, "at_once": 1, "epochs": 2}  # so that it has learned all within an epoch
+
+
+@pytest.mark.parametrize(("steps", "changes"), [(3, {}), (12, {}), (25, {}), (35, LEARNS), (-5, LEARNS)])
+def test_resumed_equals_uninterrupted(tmp_path, monkeypatch, steps, changes):
+    monkeypatch.setattr(training, "ENOUGH", 20)
+    calls = []
+    done, whole, best = fit(tmp_path / "whole", make_task(losses=dying(calls, 999)), save_minutes=0, **changes)
     with pytest.raises(InterruptedError):
-        fit(tmp_path / "cut", make_task(losses=dying), save_minutes=0)
-    again, resumed, best_again = fit(tmp_path / "cut", resume=True)
+        task = make_task(losses=dying([], steps if steps > 0 else len(calls) + steps))
+        fit(tmp_path / "cut", task, save_minutes=0, **changes)
+    again, resumed, best_again = fit(tmp_path / "cut", resume=True, **changes)
     assert equal(whole, resumed, atol=0) and equal(best, best_again, atol=0)
     assert again["history"] == done["history"] and again["papers"] == done["papers"]
     assert equal(*(load_file(tmp_path / name / "last.safetensors") for name in ("whole", "cut")), atol=0)
-    finished, _, _ = fit(tmp_path / "cut", make_task(losses=dying), resume=True)  # a finished run is recognised
-    assert finished["history"] == done["history"]
+    finished, _, _ = fit(tmp_path / "cut", make_task(losses=dying([], 0)), resume=True, **changes)
+    assert finished["history"] == done["history"], "a finished run is recognised"
+
+
+def test_what_is_learned_ends_within_an_epoch(tmp_path, monkeypatch, capsys):
+    full, _, _ = fit(tmp_path / "full", **LEARNS)
+    assert full["papers"] == 160, "too few held-out papers to call it learned"
+    monkeypatch.setattr(training, "ENOUGH", 20)
+    done, _, _ = fit(tmp_path / "short", **LEARNS)
+    assert done["papers"] < 80 and done["history"][-1]["accuracy"] == 1
+    assert "learned: the learning rate falls to 0" in capsys.readouterr().err
 
 
 def test_resume_refuses_another_run(tmp_path):
