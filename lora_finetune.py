@@ -36,7 +36,8 @@ from common import (
 )
 from lib import llm, results, training
 
-SHAPING = ("method", "rank", "alpha", "dropout", "target_modules", "virtual_tokens", "max_length", *training.SHAPING)
+SHAPING = ("method", "rank", "alpha", "dropout", "target_modules", "virtual_tokens", "max_length", "load_in_4bit")
+SHAPING += training.SHAPING
 
 
 def read_items(path):
@@ -86,9 +87,24 @@ def add_adapter(model, args, seed):
         named = [name for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)]
         kinds = sorted({name.rpartition(".")[2] for name in named})
         raise InputError(f"--target-modules: {str(error).splitlines()[0]} linear layers: {few(kinds, 20)}") from None
+    if args.gradient_checkpointing is None:
+        args.gradient_checkpointing = needs_checkpointing(model, args)
     if args.gradient_checkpointing and args.method == "lora":  # prefixes come as a cache, which it would throw away
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
+
+
+def needs_checkpointing(model, args):
+    """llm.needs_checkpointing for the memory that the loaded model leaves on its GPU; False on a CPU."""
+    if model.device.type != "cuda":
+        return False
+    config, papers = model.config.get_text_config(), min(args.batch_size, 4 * args.at_once)
+    if args.accumulate:
+        papers = -(-args.batch_size // args.accumulate)
+    free = torch.cuda.mem_get_info()[0] / 2**30
+    needed = llm.needs_checkpointing(free, papers, args.max_length, config.num_hidden_layers, config.hidden_size)
+    log(f"{free:.1f} GiB of GPU memory are left: {'with' if needed else 'without'} gradient checkpointing")
+    return needed
 
 
 def default_lr(method, model):
@@ -122,8 +138,10 @@ def parse_args():
     add("--target-modules", nargs="+", metavar="NAME", help="layers that get LoRA, default every linear one")
     add("--virtual-tokens", type=positive_int, default=32, metavar="N", help="of P-tuning v2, default %(default)s")
     add("--max-length", type=positive_int, metavar="N", help="tokens a paper, default 512; of the embedded model 160")
-    add("--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(),
-        help="a third slower, a fraction of the memory; default: with CUDA")  # fmt: skip
+    add("--gradient-checkpointing", action=argparse.BooleanOptionalAction,
+        help="a third slower, a fraction of the memory; default: where the GPU's memory asks for it")  # fmt: skip
+    add("--load-in-4bit", action="store_true", help="keep the model's weights in 4 bits: a third of the memory; needs "
+        "requirements-4bit.txt")  # fmt: skip
     training.add_training_flags(parser, epochs=2, batch_size=4, patience=2, at_once=2)
     return parser.parse_args()
 
@@ -138,8 +156,8 @@ def train_adapters(accelerator, args, folder):
     split = {"seed": record["seed"], "valid_ratio": record["valid_ratio"], "folds": args.folds, "seeds": args.seeds}
     plans = training.make_plans(train, split, args.seed)
 
-    args.model = llm.find_model(args.model)
-    model, tokenizer = llm.load_llm(args.model, accelerator)
+    args.model = llm.find_model(args.model, accelerator, args.load_in_4bit)
+    model, tokenizer = llm.load_llm(args.model, accelerator, args.load_in_4bit)
     args.lr = args.lr or default_lr(args.method, model)
     virtual = args.virtual_tokens if args.method == "p-tuning-v2" else 0
     args.max_length = llm.fit_length(model, args.max_length or llm.default_length(args.model), virtual)
@@ -167,7 +185,7 @@ def train_adapters(accelerator, args, folder):
         if len(plans) > 1:
             log(f"model {len(runs) + 1} of {len(plans)}: {plan.name}")
         if model is None:
-            model = add_adapter(llm.load_llm(args.model, accelerator)[0], args, plan.seed)
+            model = add_adapter(llm.load_llm(args.model, accelerator, args.load_in_4bit)[0], args, plan.seed)
         runs.append(train_one(accelerator, args, plan, folder / plan.name, kit, model, tokenizer, papers))
         model = None
     if accelerator.is_main_process:

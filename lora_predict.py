@@ -61,9 +61,10 @@ def load_scorer(args, folder, kit, accelerator, papers_of):
     InputError if model or prompt are not those that the adapter was trained with. `papers_of(tokenizer)`: encoded
     papers to try it on.
     """
-    if args.model and llm.find_model(args.model) != kit["model"]:
+    if args.model not in (None, "auto", kit["model"]):
         raise InputError(f"--model {args.model}: the adapter was trained with {kit['model']}: leave --model out")
-    model, tokenizer = llm.load_llm(kit["model"], accelerator)
+    four_bit = kit["settings"].get("load_in_4bit", False)
+    model, tokenizer = llm.load_llm(kit["model"], accelerator, four_bit)
     if not folder:
         return llm.Scorer(model, tokenizer).to(accelerator.device), tokenizer
     form = {"prompt": llm.prompt_form(tokenizer), "answers": llm.encode_answers(tokenizer)}
@@ -75,7 +76,7 @@ def load_scorer(args, folder, kit, accelerator, papers_of):
         raise InputError(f"{folder} can't be loaded ({hub.first_line(error)}): run lora_finetune.py again") from None
     scorer, papers = llm.Scorer(model.to(accelerator.device), tokenizer), papers_of(tokenizer)
     llm.check_adapter(scorer, papers)
-    if not scorer.virtual:  # a prefix can't be merged
+    if not scorer.virtual and not four_bit:  # a prefix can't be merged, and 4 bits would round what is merged
         llm.merge_adapter(scorer, papers)
     return scorer, tokenizer
 
@@ -200,7 +201,7 @@ def main():
     if untrained:
         args.adapter, adapters = None, [None]
         args.valid_ratio = args.valid_ratio or 0.1
-        kits = [{"model": llm.find_model(args.model or "auto"), "settings": {}}]
+        kits = [{"model": llm.find_model(args.model or "auto", accelerator), "settings": {}}]
     else:
         adapters = find_adapters(args, folder)
         kits = [read_kit(adapter) for adapter in adapters]

@@ -27,6 +27,7 @@ Settings, as environment variables:
   BERT_MODEL  hub name or directory of the encoder      (bert-base-uncased with CUDA, else the embedded MiniLM)
   LLM_MODEL   hub name or directory of the LLM; a published ChatGLM2 directory is converted first
               (Qwen3-4B-Instruct with CUDA, else the embedded SmolLM2-135M)
+  LLM_4BIT    1: keep the LLM's weights in 4 bits, a third of the GPU memory   (0)
   RESUME      1: go on with trainings that were killed  (0)
   PYTHON      interpreter to make .venv with, 3.11 or newer   (python3)
 
@@ -89,7 +90,12 @@ train_lora() {
         llm="$kit/.cache/$(basename "$from")-$(printf %s "$from" | cksum | cut -d ' ' -f 1)"
         [ -d "$llm" ] || convert "$from" "$llm" || return
     fi
-    run_on_gpus lora_finetune.py --model "$llm" ${resume:+--resume}
+    four_bit=""
+    if [ "${LLM_4BIT:-0}" != 0 ]; then
+        setup requirements-4bit.txt || return
+        four_bit=1
+    fi
+    run_on_gpus lora_finetune.py --model "$llm" ${four_bit:+--load-in-4bit} ${resume:+--resume}
 }
 convert() {
     say "converting $1"

@@ -9,11 +9,12 @@ import copy
 import os
 import re
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, GgufConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, DynamicCache, GgufConfig
 from transformers.cache_utils import DynamicLayer
 
 from common import HERE, InputError, few, log
@@ -34,11 +35,31 @@ THINKING = re.compile(r"<(think|thinking|thought|reasoning)>\s*$|\[THINK\]\s*$")
 # ---- loading ---------------------------------------------------------------------------------------------------------
 
 
-def find_model(name):
-    """'auto' resolved: a 4B model with CUDA, the embedded one without."""
-    if name == "auto":
-        return AUTO if torch.cuda.is_available() else "embedded"
+def find_model(name, accelerator, four_bit=False):
+    """'auto' resolved, for all processes alike: what fits into the free GPU memory; the embedded model without CUDA."""
+    if name != "auto" or accelerator.device.type != "cuda":
+        return "embedded" if name == "auto" else name
+    free = torch.tensor([torch.cuda.mem_get_info()[0] / 2**30], device=accelerator.device)
+    free = accelerator.gather(free).min().item()
+    name = choose_model(free, four_bit)
+    log(f"--model auto: {free:.1f} GiB of GPU memory are free: {name}")
     return name
+
+
+def choose_model(free, four_bit):
+    """The largest model that trains and predicts within `free` GiB of GPU memory: see benchmarks/memory.py."""
+    if free >= (6 if four_bit else 10):
+        return AUTO
+    if free >= (3 if four_bit else 5.5):
+        return "Qwen/Qwen3-1.7B"
+    return "Qwen/Qwen3-0.6B" if free >= 2.5 else "embedded"
+
+
+def needs_checkpointing(free, papers, length, layers, width):
+    """Whether a training step without gradient checkpointing may take more than `free` GiB. It keeps some 70 bytes for
+    each token, layer and hidden value: benchmarks/memory.py counts 52 to 65.
+    """
+    return 70 * papers * length * layers * width / 2**30 > 0.9 * free
 
 
 def default_length(name):
@@ -67,10 +88,13 @@ def embedded_folder():
     return folder
 
 
-def load_llm(name, accelerator):
+def load_llm(name, accelerator, four_bit=False):
     """(model, tokenizer) of a hub name, a local directory or 'embedded'. Weights in bf16 or fp16 with CUDA, as the
-    accelerator's precision says, else fp32; dropout off. Raises InputError if it can't be used.
+    accelerator's precision says, else fp32; or in 4 bits, computed in that precision; dropout off. Raises InputError if
+    it can't be used.
     """
+    if four_bit and not find_spec("bitsandbytes"):
+        raise InputError("--load-in-4bit needs bitsandbytes: pip install -r requirements-4bit.txt")
     with accelerator.local_main_process_first():
         folder = str(embedded_folder()) if name == "embedded" else hub.local_folder("--model", name)
     if results.read_json(Path(folder) / "config.json").get("model_type") == "chatglm":
@@ -78,7 +102,11 @@ def load_llm(name, accelerator):
         raise InputError(f"--model {name} is ChatGLM as published, which needs code that is 3 years old: run python "
                          f"convert_chatglm2.py {name} {plain}, then give --model {plain}")  # fmt: skip
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
-    cuda = accelerator.device.type == "cuda"
+    more = {"device_map": {"": accelerator.device}} if four_bit or accelerator.device.type == "cuda" else {}
+    if four_bit:
+        more["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        )
     with hub.explain_loading("--model", name):
         tokenizer = AutoTokenizer.from_pretrained(folder, **hub.SAFE)
         config = AutoConfig.from_pretrained(folder, **hub.SAFE)
@@ -86,9 +114,8 @@ def load_llm(name, accelerator):
             if getattr(config, key, 0):
                 setattr(config, key, 0.0)
         model, report = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=dtype, output_loading_info=True,
-            device_map={"": accelerator.device} if cuda else None, **hub.SAFE
-        )  # fmt: skip
+            folder, config=config, dtype=dtype, output_loading_info=True, **more, **hub.SAFE
+        )
     if missing := report["missing_keys"]:
         raise InputError(f"--model {name} has no weights for {few(sorted(missing))}: it is incomplete")
     check_causal(model, name)

@@ -1,12 +1,20 @@
 """GPUs that aren't there: what the kit decides about cards, and 4-bit weights, which a CPU computes, too."""
 
+import json
+from importlib.util import find_spec
+
+import pandas as pd
 import pytest
 import test_training as loop
 import torch
 from accelerate.state import AcceleratorState
+from conftest import SAMPLE, start
 
 from common import InputError
-from lib import gpu, training
+from lib import gpu, llm, training
+from lib.results import scores
+
+LABELS = SAMPLE / "test_labels.csv"
 
 CUDA_13 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"]
 CUDA_12 = ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"]
@@ -94,6 +102,37 @@ def test_the_script_says_it_unless_the_card_is_hidden(tmp_path, monkeypatch, cap
         pytest.skip("this machine has a GPU that torch can use")
     assert gpu.find_cards() == []
     assert ("NO GPU IS USED" in capsys.readouterr().err) == loud
+
+
+@pytest.mark.parametrize(
+    ("free", "four_bit", "name"),
+    [
+        (2, False, "embedded"),
+        (3.6, False, "0.6B"),  # cards of 4, 6, 8, 12 and 16 GB: what is free of it
+        (5.4, False, "0.6B"),
+        (7.2, False, "1.7B"),
+        (11.0, False, "4B"),
+        (14.6, False, "4B"),
+        (3.6, True, "1.7B"),
+        (7.2, True, "4B"),
+    ],
+)
+def test_auto_takes_what_fits(free, four_bit, name):
+    assert name in llm.choose_model(free, four_bit)
+
+
+@pytest.mark.parametrize(
+    ("free", "papers", "layers", "width", "needed"),
+    [
+        (15.2, 4, 36, 2560, False),  # Qwen3-4B on 24 GB
+        (3.4, 4, 36, 2560, True),  # on 12 GB
+        (15.2, 16, 36, 2560, True),
+        (11.0, 4, 28, 2048, False),  # Qwen3-1.7B on 16 GB
+        (3.8, 4, 28, 2048, True),  # on 8 GB
+    ],
+)
+def test_checkpointing_where_it_is_needed(free, papers, layers, width, needed):
+    assert llm.needs_checkpointing(free, papers, 512, layers, width) == needed
 
 
 # ---- fp16, with scaled gradients on a CPU ----------------------------------------------------------------------------
@@ -184,3 +223,31 @@ def test_fp16_is_tried_before_the_first_step(tmp_path, fp16, monkeypatch):
 def test_weights_without_use_are_a_line_with_several_gpus():
     with pytest.raises(InputError, match="use one, CUDA_VISIBLE_DEVICES=0"), training.resumable():
         raise RuntimeError("Expected to have finished reduction in the prior iteration before starting a new one.")
+
+
+# ---- 4 bits ----------------------------------------------------------------------------------------------------------
+
+
+def test_4bit_without_bitsandbytes_is_a_line(kit, tmp_path, tiny_llm):
+    if find_spec("bitsandbytes"):
+        pytest.skip("bitsandbytes is installed")
+    kit("make_llm_data.py")
+    done = kit("lora_finetune.py", "--model", tiny_llm, "--load-in-4bit")
+    assert done.returncode == 2 and "pip install -r requirements-4bit.txt" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not find_spec("bitsandbytes"), reason="needs requirements-4bit.txt, which .ci/run installs")
+def test_4bit_learns_the_sample(tmp_path):
+    """SmolLM2 with weights in 4 bits on a CPU: trained, loaded again and scored, never merged."""
+    for script, *flags in [
+        ("make_llm_data.py", "--fields", "title"),
+        ("lora_finetune.py", "--model", "embedded", "--load-in-4bit", "--epochs", 5, "--max-length", 100),
+        ("lora_predict.py",),
+    ]:
+        process = start(script, tmp_path, *flags)
+        assert not process.communicate()[1].count("Traceback") and process.returncode == 0
+    metrics = json.loads((tmp_path / "lora" / "metrics.json").read_text())
+    assert metrics["settings"]["load_in_4bit"] is True
+    probs, answers = (pd.read_csv(path, index_col="uuid") for path in (tmp_path / "lora/test.csv", LABELS))
+    assert scores(answers["label"], probs.loc[answers.index, "prob"])["f1"] >= 0.85
