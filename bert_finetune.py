@@ -213,6 +213,7 @@ def predict_only(accelerator, args, folder):
         metrics["predict_papers_per_second"] = round(len(test) * len(runs) / sum(seconds), 1)
         results.save_results(folder, metrics, test, probs)
         results.write_submission(folder / "submit_task1.csv", test, probs >= 0.5, args.out_dir)
+        results.warn_one_class(probs >= 0.5, [0, 1])
 
 
 def parse_args():
@@ -277,6 +278,7 @@ def write_results(accelerator, args, folder, plans, train, test, fields, found):
         table += training.spread_rows(args.name, metrics["seeds"])
     results.save_results(folder, metrics, test, test_probs, train[held_out], probs)
     results.write_submission(folder / "submit_task1.csv", test, test_probs >= 0.5, args.out_dir)
+    results.warn_one_class(test_probs >= 0.5, train["label"])
     print(results.score_table(table))
 
 
@@ -286,6 +288,7 @@ def main():
     folder = args.out_dir / args.name
     with results.locked(folder, accelerator.is_main_process), training.model_advice():
         (predict_only if args.predict_only else train_and_predict)(accelerator, args, folder)
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

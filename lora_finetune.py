@@ -208,6 +208,7 @@ def main():
     folder = args.out_dir / args.name
     with results.locked(folder, accelerator.is_main_process), training.model_advice():
         train_adapters(accelerator, args, folder)
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -174,6 +174,7 @@ def write_results(accelerator, args, folder, adapters, kit, plans, train, test, 
         held_out = None
     results.save_results(folder, metrics, test, test_probs, held_out, probs)
     results.write_submission(folder / "submit_task1.csv", test, test_probs >= 0.5, args.out_dir)
+    results.warn_one_class(test_probs >= 0.5, [0, 1] if train is None else train["label"])
     if table:
         print(results.score_table(table))
 
@@ -208,6 +209,7 @@ def main():
     train, test = choose_papers(args, kits[0])
     with results.locked(folder, accelerator.is_main_process), training.model_advice():
         predict(accelerator, args, folder, adapters, kits, train, test)
+    accelerator.end_training()
 
 
 if __name__ == "__main__":
