@@ -18,6 +18,7 @@ import sys
 import time
 import unicodedata
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ HERE = Path(__file__).resolve().parent
 FIELDS = ("title", "author", "abstract", "Keywords")
 REQUIRED = ("uuid", "title", "abstract")
 MAX_COLUMNS = 1000
-PLACEHOLDERS = {"", "nan", "none", "null", "nil", "n/a", "#n/a", "-", "--", "?", "tmp", "unknown", "无", "暂无"}
+PLACEHOLDERS = {"", "nan", "none", "null", "nil", "n/a", "#n/a", "-", "--", "?", "tmp", "todo", "na", "无", "暂无"}
 INVISIBLE = dict.fromkeys([0xAD, 0x61C, 0xFEFF, *range(0x200B, 0x2010), *range(0x202A, 0x202F), *range(0x2060, 0x2070)])
 # Tags of JATS and HTML as abstracts have them; those within a word are removed, others are like a blank.
 ATTRIBUTES = r"""(?:\s+[\w:.-]+\s*=\s*(?:"[^"]*"|'[^']*'))*\s*/?>"""
@@ -95,10 +96,8 @@ def clean(text):
     space one blank: 'CO<sub>2</sub>&nbsp;emis\xadsion' -> 'CO2 emission'.
     """
     if "&" in text:
-        try:
+        with suppress(ValueError):  # a character reference of thousands of digits
             text = html.unescape(text)
-        except ValueError:  # a character reference of thousands of digits
-            pass
     if "<" in text:
         text = TAG_BETWEEN.sub(" ", TAG_WITHIN.sub("", text))
     if not text.isascii():
@@ -248,16 +247,7 @@ def read_papers(path, labelled=False):
     columns = dict(zip(header, zip(*rows)))
     del rows
     check_uuids(path, columns["uuid"], numbers, labelled)
-    for name in FIELDS:
-        if name in columns:
-            columns[name] = [clean(cell) for cell in columns[name]]
-    for name in ("author", "Keywords"):
-        if name in columns:
-            columns[name] = ["" if cell.casefold() in PLACEHOLDERS else cell for cell in columns[name]]
-            if says_nothing(columns[name]):
-                shown = few(set(columns[name])) or "empty"
-                log(f"warning: column {name} of {path} is left out: all its cells are {shown}")
-                del columns[name]
+    clean_columns(path, columns)
     if labelled:
         columns["label"] = [read_label(cell) for cell in columns["label"]]
         if wrong := [number for number, label in zip(numbers, columns["label"]) if label is None]:
@@ -270,9 +260,23 @@ def read_papers(path, labelled=False):
     return papers.astype({"label": np.int64}) if labelled else papers
 
 
-def says_nothing(cells):
-    """Whether a column is empty, or full of one and the same text."""
-    return len(set(cells)) == 1 and (cells[0].casefold() in PLACEHOLDERS or len(cells) >= 10)
+def clean_columns(path, columns):
+    """Clean the text columns of a dict {name: cells}, and drop author or Keywords if all their cells say the same."""
+    for name in FIELDS:
+        if name in columns:
+            columns[name] = [clean(cell) for cell in columns[name]]
+    for name in ("author", "Keywords"):
+        if name in columns:
+            columns[name] = ["" if cell.casefold() in PLACEHOLDERS else cell for cell in columns[name]]
+            different = set(columns[name])
+            if is_empty(different) or (len(different) == 1 and len(columns[name]) >= 10):
+                log(f"warning: column {name} of {path} is left out: all its cells are {few(different) or 'empty'}")
+                del columns[name]
+
+
+def is_empty(cells):
+    """Whether no cell of a column says anything: ['', '-', 'nan'] -> True."""
+    return all(cell.casefold() in PLACEHOLDERS for cell in set(cells))
 
 
 def check_uuids(path, uuids, numbers, labelled):
@@ -316,11 +320,11 @@ def shared_fields(train, test, wanted=None):
     kept, sides = [], {"train": train, "test": test}
     for name in wanted or FIELDS:
         lacking = [side for side, papers in sides.items() if name not in papers]
-        empty = [side for side, papers in sides.items() if name in papers and says_nothing(papers[name].tolist())]
+        empty = [side for side, papers in sides.items() if name in papers and is_empty(papers[name])]
         if lacking:
             log(f"field {name} is left out: no such column in {' and '.join(lacking)}")
         elif empty:
-            log(f"warning: field {name} is left out: all its cells are the same in {' and '.join(empty)}")
+            log(f"warning: field {name} is left out: all its cells are empty in {' and '.join(empty)}")
         else:
             kept.append(name)
             shares = [(papers[name] == "").mean() for papers in sides.values()]
@@ -328,7 +332,7 @@ def shared_fields(train, test, wanted=None):
                 log(f"warning: {name} is empty in {shares[0]:.0%} of the training papers and in {shares[1]:.0%} of the "
                     "test papers: models may learn from what the test papers lack; see --fields")
     if not kept:
-        raise InputError(f"--fields {' '.join(wanted or FIELDS)}: train and test share none of these columns")
+        raise InputError(f"--fields {' '.join(wanted or FIELDS)}: train and test share none of these columns, filled")
     return kept
 
 
@@ -337,7 +341,7 @@ def load_papers(args):
     train, test = read_papers(args.train, labelled=True), read_papers(args.test)
     texts = [set(zip(papers["title"], papers["abstract"])) - {("", "")} for papers in (train, test)]
     same = texts[0] and texts[0] == texts[1] and set(train["uuid"]) == set(test["uuid"])
-    if same or os.path.samefile(args.train, args.test):
+    if same or args.train.samefile(args.test):
         raise InputError(f"{args.test} holds the same papers as {args.train}: give the test file with --test")
     if args.limit:
         train, test = train.head(args.limit), test.head(args.limit)

@@ -1,14 +1,19 @@
 """Task 2: keywords for papers that come without any, learned from the training papers' own. Under a minute, no torch.
 
-    python extract_keywords.py                    out-of-fold scores, keywords of every test paper
-    python extract_keywords.py --top 5            always five keywords a paper
+    python extract_keywords.py                    scores out of fold, keywords of every test paper
+    python extract_keywords.py --top 5            five keywords a paper in the reader's list
 
-In: train.csv with Keywords, test.csv. Out: outputs/keywords/test.csv (uuid, Keywords joined by "; "),
-outputs/keywords/metrics.json, and submit_task2.csv (uuid, Keywords) in the current directory.
+In: train.csv with Keywords, test.csv. Out, two lists for two aims:
 
-Candidates are the phrases of a paper's title and abstract (phrases.py) and the keywords of training papers like it;
-boosted trees rate them (ranker.py). A paper gets those rated above the threshold that gives the best micro F1. Scores
-are out of fold; a test paper gets the mean rating of all trees. The papers are parted into folds PARTITIONS times.
+    outputs/keywords/test.csv and submit_task2.csv     the reader's list: few and likely ones, for the best micro F1
+    outputs/keywords/board.csv                         the board's list: 40 entries a paper, the likeliest first
+    outputs/keywords/metrics.json                      scores of both
+
+On the board a wrong keyword costs nothing and casing counts (inferred from published scores, docs/keywords.md), so its
+list is long and may hold one phrase in two casings. blend.py and the models put it into submit_task1.csv.
+
+Candidates are the phrases of a paper (lib/candidates.py) and keywords of similar training papers; boosted trees rate
+them (lib/ranker.py) and the ways to write them (lib/casing.py). Scores are out of fold.
 """
 
 import time
@@ -19,28 +24,13 @@ import numpy as np
 
 import common
 from common import InputError, log, positive_int, run_script
-from lib.phrases import split_keywords, stem
+from lib.candidates import CHINESE, SEPARATORS, find_separator, split_cell, split_keywords, stem
+from lib.casing import list_entries
 from lib.ranker import build_corpus, entries, learn_and_rate, rank
 from lib.results import environment, locked, paper_record, write_csv, write_json
 
-MOST = 30  # keywords a paper, the challenge's limit
-PARTITIONS = 4  # into folds, over which ratings are averaged
-
-
-def pick(corpus, rated, threshold, top=None):
-    """The keywords of each paper: those rated `threshold` or more, at least one and at most MOST, or the first `top`;
-    of singular and plural, 'A (B)' and 'A' the likelier alone. Returns {paper: normalised keywords, best first}.
-    """
-    picked, stems = defaultdict(list), defaultdict(set)
-    paper, phrase, prob = rated
-    names = np.array([corpus.phrases[i] for i in phrase], dtype=str)
-    for i in np.lexsort((names, -prob, paper)):
-        own, key = picked[paper[i]], corpus.stems[phrase[i]]
-        wanted = len(own) < (top or MOST) and (top or prob[i] >= threshold or not own)
-        if wanted and key not in stems[paper[i]]:
-            stems[paper[i]].add(key)
-            own.append(corpus.phrases[phrase[i]])
-    return picked
+MOST = 30  # keywords a paper in the reader's list
+PARTITIONS = 6  # into folds, over which ratings are averaged
 
 
 # ---- scores ----------------------------------------------------------------------------------------------------------
@@ -69,21 +59,57 @@ def score_keywords(picked, true):
     return {name: round(float(value), 6) for name, value in values.items()}
 
 
-def best_threshold(rated, total):
-    """The threshold that gives the best micro F1 on rated candidates. rated: (paper, hit, prob) arrays; total: how many
-    keywords the papers have."""
-    paper, hit, prob = rated
-    place, tried = rank(paper, prob), []
+def cased_recall(listed, true, most):
+    """Recall of the first `most` entries a paper, case-sensitive, mean over papers: what the board seems to count.
+
+    >>> cased_recall([["DNA", "rna"], ["Cell"]], [["RNA", "DNA"], ["Cell"]], 40)
+    0.75
+    """
+    shares = [len(set(a[:most]) & set(b)) / len(set(b)) for a, b in zip(listed, true)]
+    return round(float(np.mean(shares)), 6)
+
+
+# ---- the reader's list -----------------------------------------------------------------------------------------------
+
+
+def shortlist(corpus, rated, most):
+    """The `most` likeliest candidates of each paper, by paper and falling rating. rated: (paper, phrase, prob)."""
+    paper, phrase, prob = rated
+    order = np.lexsort((corpus.alphabet[phrase], -prob, paper))
+    order = order[rank(paper[order], prob[order]) < most]
+    return paper[order], phrase[order], prob[order]
+
+
+def best_threshold(corpus, rated, folds):
+    """The rating that keywords must have for the best micro F1 out of fold."""
+    labelled = folds[rated[0]] >= 0
+    paper, phrase, prob = (array[labelled] for array in rated)
+    hit, place, tried = entries(corpus.keywords, paper, phrase) > 0, rank(paper, prob), []
     for threshold in np.arange(0.04, 0.5, 0.01):
         chosen = (place < MOST) & ((prob >= threshold) | (place == 0))
-        tried.append((prf(hit[chosen].sum(), chosen.sum(), total)[2], -threshold))
+        tried.append((prf(hit[chosen].sum(), chosen.sum(), corpus.keywords.nnz)[2], -threshold))
     return round(-max(tried)[1], 2)
+
+
+def pick(corpus, rated, threshold, top=None):
+    """The keywords of each paper for a reader: those rated `threshold` or more, at least one and at most MOST, or the
+    first `top`; of singular and plural, 'A (B)' and 'A' only the likelier. rated: from shortlist(). Returns {paper:
+    normalised keywords, best first}.
+    """
+    picked, stems = defaultdict(list), defaultdict(set)
+    for paper, phrase, prob in zip(*rated):
+        own, key = picked[paper], corpus.stems[phrase]
+        wanted = len(own) < (top or MOST) and (top or prob >= threshold or not own)
+        if wanted and key not in stems[paper]:
+            stems[paper].add(key)
+            own.append(corpus.phrases[phrase])
+    return picked
 
 
 # ---- the whole -------------------------------------------------------------------------------------------------------
 
 
-def part(labelled, count, folds, seed):
+def draw_partitions(labelled, count, folds, seed):
     """PARTITIONS of the labelled papers into folds. Returns an int array [PARTITIONS, count], -1 for other papers."""
     rng, partitions = np.random.default_rng(seed), np.full((PARTITIONS, count), -1)
     for partition in partitions:
@@ -91,104 +117,87 @@ def part(labelled, count, folds, seed):
     return partitions
 
 
-def pick_out_of_fold(corpus, rated, folds, counts, top=None):
-    """Keywords of the held-out papers, each fold's threshold set by the other folds. rated: (paper, phrase, prob) of
-    learn_and_rate; folds: int array [papers], a paper's fold or -1; counts: int array [train papers], its keywords.
-    Returns ({paper: keywords}, the threshold that all folds together set)."""
-    paper, phrase, prob = rated
-    hit, fold, count = entries(corpus.keywords, paper, phrase) > 0, folds[paper], folds.max() + 1
-
-    def threshold(use):
-        rows = use[paper]
-        total = counts[use[: len(counts)]].sum()
-        return best_threshold((paper[rows], hit[rows], prob[rows]), total) if rows.any() else 0.1
-
-    picked = {}
-    for number in range(count):
-        rows = fold == number
-        others = threshold((folds >= 0) & (folds != number))
-        picked |= pick(corpus, (paper[rows], phrase[rows], prob[rows]), others, top)
-    return picked, threshold(folds >= 0)
-
-
-def write_out(corpus, paper, keywords):
-    """The Keywords cell: each keyword as most training papers write it, else as the paper does at last."""
-    found, cells = corpus.found, []
-    for keyword in keywords:
-        if keyword in corpus.casing:
-            cells.append(corpus.casing[keyword].most_common(1)[0][0])
-        else:
-            i = np.flatnonzero((found.paper == paper) & (found.phrase == corpus.numbers[keyword]))[0]
-            cells.append(" ".join(found.text.written[found.final[i] : found.final[i] + found.n[i]]))
-    return "; ".join(cells)
-
-
 def read_both(args):
-    """Read the two files. Returns (train, test). Raises InputError where train has no keywords to learn from."""
+    """Read the two files. Returns (train, test, the separator of train's keywords). Raises InputError where train has
+    no keywords to learn from.
+    """
     train, test = common.read_papers(args.train), common.read_papers(args.test)
     if "Keywords" not in train:
         raise InputError(f"{args.train}: no column Keywords to learn from; give a file that has it with --train")
     if args.limit:
         log(f"--limit {args.limit}: only the first papers of each file")
-        train, test = train.head(args.limit), test.head(args.limit)
-    counts = np.array([len(split_keywords(cell)) for cell in train["Keywords"]])
-    if not counts.any():
+        train, test = train.head(args.limit).copy(), test.head(args.limit)
+    if not any(split_keywords(cell) for cell in train["Keywords"]):
         raise InputError(f"{args.train}: column Keywords is empty in all {len(train)} rows; give papers with keywords")
-    log(f"{len(train)} papers in {args.train}, {(counts > 0).sum()} with keywords; {len(test)} in {args.test}")
-    return train, test, counts
+    separator = find_separator(train["Keywords"])
+    if separator is None:
+        log(f"warning: {args.train}: none of {' '.join(SEPARATORS)} separates the cells of column Keywords into short "
+            "phrases; separate keywords by ';'")  # fmt: skip
+    for path, papers in ((args.train, train), (args.test, test)):
+        chinese = sum(bool(CHINESE.search(title)) for title in papers["title"])
+        if chinese > 0.05 * len(papers):
+            log(f"warning: {chinese} titles of {path} are in Chinese or Japanese: task 2 is made for languages written "
+                "with blanks between words; these papers get keywords of similar papers only")  # fmt: skip
+    return train, test, separator or ";"
 
 
 def parse_args():
     parser = common.arg_parser(__doc__, split=False)
-    group = parser.add_argument_group("keywords")
-    group.add_argument("--top", type=positive_int, metavar="K", help=f"K a paper, at most {MOST}; default: as rated")
-    group.add_argument("--folds", type=positive_int, default=5, metavar="K", help="default %(default)s")
-    group.add_argument(
-        "--submit", type=Path, default=Path("submit_task2.csv"), metavar="FILE", help="default %(default)s"
-    )
+    add = parser.add_argument_group("keywords").add_argument
+    add("--top", type=positive_int, metavar="K", help=f"length of the reader's list, at most {MOST}; default: as rated")
+    add("--entries", type=positive_int, default=40, metavar="K", help="length of the board's list, default %(default)s")
+    add("--folds", type=positive_int, default=5, metavar="K", help="default %(default)s")
+    add("--submit", type=Path, default=Path("submit_task2.csv"), metavar="FILE", help="default %(default)s")
     args = parser.parse_args()
     if args.folds < 2:
         parser.error("--folds must be at least 2")
     if (args.top or 0) > MOST:
-        parser.error(f"--top can't be above {MOST}, the challenge's limit")
+        parser.error(f"--top must be at most {MOST}")
     return args
 
 
 def extract(args, folder):
     """Score keywords out of fold, choose those of the test papers, and write the files."""
     started = time.perf_counter()
-    train, test, counts = read_both(args)
-    labelled = np.flatnonzero(counts)
-    corpus = build_corpus(train, test)
-    partitions = part(labelled, corpus.count, args.folds, args.seed)
-    is_test = np.arange(corpus.count) >= len(train)
-    rated = learn_and_rate(corpus, partitions, is_test)
-    picked, threshold = pick_out_of_fold(corpus, rated, partitions[0], counts, args.top)
-    true = [list(split_keywords(cell)) for cell in train["Keywords"].iloc[labelled]]
-    values = score_keywords([picked.get(paper, []) for paper in labelled], true)
+    train, test, separator = read_both(args)
+    written = [split_keywords(cell, separator) for cell in train["Keywords"]]
+    labelled = np.flatnonzero([len(keywords) for keywords in written])
+    log(f"{len(train)} papers in {args.train}, {len(labelled)} with keywords; {len(test)} in {args.test}")
+    corpus = build_corpus(train, test, written)
+    partitions = draw_partitions(labelled, corpus.count, args.folds, args.seed)
+    rated = learn_and_rate(corpus, partitions, asked=np.arange(corpus.count) >= len(train))
+    rated = shortlist(corpus, rated, max(args.entries, 40))
+    threshold = best_threshold(corpus, rated, partitions[0])
+    picked = pick(corpus, rated, threshold, args.top)
+    listed = list_entries(corpus, rated, partitions[0], [*train["title"], *test["title"]])
 
-    unseen = [array[is_test[rated[0]]] for array in rated]
-    chosen = pick(corpus, unseen, threshold, args.top)
-    common_one = max(corpus.casing, key=lambda keyword: sum(corpus.casing[keyword].values()))
-    cells = [
-        write_out(corpus, paper, chosen[paper]) or title.replace(";", ",") or common_one
-        for paper, title in enumerate(test["title"], len(train))
-    ]
+    values = score_keywords([picked[paper] for paper in labelled], [[*written[paper]] for paper in labelled])
+    cased = [split_cell(train["Keywords"][paper], separator) for paper in labelled]
+    for most in (10, 20, 40):
+        values[f"cased_recall_at_{most}"] = cased_recall([[*listed[paper]] for paper in labelled], cased, most)
+
+    common_one = corpus.phrases[corpus.keywords.sum(axis=0).argmax()]
+    reader, board = [], []
+    for paper, title in enumerate(test["title"], len(train)):
+        fallback = common_one if CHINESE.search(title) else title.replace(";", ",") or common_one
+        casing = {keyword: written for written, keyword in reversed(listed[paper].items())}  # the likeliest one stays
+        reader.append("; ".join([casing[keyword] for keyword in picked[paper]]) or fallback)
+        board.append("; ".join([*listed[paper]][: args.entries]) or fallback)
     seconds = time.perf_counter() - started
-    columns = {"uuid": test["uuid"].tolist(), "Keywords": cells}
+    settings = {name: getattr(args, name) for name in ("top", "entries", "folds", "seed")}
     metrics = {
         "scores": values,
         "papers": paper_record(train, test, len(labelled)),
         "fields": ["title", "abstract"],
-        "settings": {n: getattr(args, n) for n in ("top", "folds", "seed")} | {"threshold": threshold},
+        "settings": settings | {"threshold": threshold, "separator": separator},
         "seconds": round(seconds, 2),
         "papers_per_second": round((len(train) + len(test)) / seconds, 1),
         **environment(),
     }
-    write_csv(folder / "test.csv", columns)
+    for path, cells in ((folder / "board.csv", board), (folder / "test.csv", reader), (args.submit, reader)):
+        write_csv(path, {"uuid": test["uuid"].tolist(), "Keywords": cells})
     write_json(folder / "metrics.json", metrics)
-    write_csv(args.submit, columns)
-    log(f"wrote {args.submit}: {len(test)} papers, {sum(c.count(';') + 1 for c in cells)} keywords")
+    log(f"wrote {args.submit}: {len(test)} papers, {sum(c.count(';') + 1 for c in reader)} keywords")
     print("  ".join(f"{name} {value:.4f}" for name, value in values.items()))
     print(f"{len(labelled)} papers out of fold, {' '.join(metrics['fields'])}; threshold {threshold}, {seconds:.1f} s")
 

@@ -1,223 +1,465 @@
-"""This kit against what one would otherwise run: scores, speed and memory, side by side in one go on one machine.
+"""The kit beside what one would otherwise run: scores, speed and memory, measured in one go -> docs/benchmarks.md.
 
-    python benchmarks/run.py --train train.csv --test test.csv            all but ablations -> results.json, READMEs
-    python benchmarks/run.py --train ... --test ... --only bert keywords  these cases or groups; finished ones anew
-    python benchmarks/run.py --train ... --test ... --only ablations      what each part of the kit is worth
-    python benchmarks/run.py --write-readme                               the READMEs' tables again, from the results
+    python benchmarks/run.py --data ~/papers                           every group, three rounds
+    python benchmarks/run.py --data ~/papers --only words keywords     these groups; the tables of the others stay
+    python benchmarks/run.py --data ~/papers --only words --limit 100  quick, with few papers
 
-The peers are installed by benchmarks/requirements.txt; one that isn't there is left out with a line. Each peer runs in
-a process of its own on the CPU, in turn within a round, on the same papers with the same weights; loading a model isn't
-timed. Another round means another seed: of the split, of new weights, of the order.
+The peers are installed by benchmarks/requirements.txt; one that isn't installed is left out with a line. Each row runs
+as a user runs it, in processes of its own on the CPU. Rows take turns within a round, so that a slow minute hits all of
+them. Another round has another seed: of the papers that are held out, of new weights, of the order.
 
-A case that is finished is kept, and a run that was stopped goes on where it was, unless the files changed. Labels of
-the test papers are read from test_labels.csv beside the test file, where there is one.
+In each round a fifth of train.csv is held out. Rows learn from the rest and are asked for the test papers (labels:
+test_labels.csv, where there is one) and the held-out ones.
 """
 
 import argparse
-import importlib
-import json
 import os
+import re
 import subprocess
 import sys
+import tempfile
 import time
+from contextlib import suppress
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+
+import numpy as np
+import pandas as pd
 
 HERE = Path(__file__).resolve().parent
 KIT = HERE.parent
 sys.path.insert(0, str(KIT))
 
-import tables  # noqa: E402
-
 import common  # noqa: E402
+from common import InputError, log, positive_int  # noqa: E402
+from lib import results  # noqa: E402
 
-# Of each case its module, and how many papers it learns from and, of test and of held-out ones each, asks for (None:
-# all), chosen so that three rounds take minutes on two cores.
-CASES = {
-    "baseline": ("words", None, None),
-    "bert-train": ("bert", 24, None),
-    "bert-predict": ("bert", 64, None),
-    "bert-score": ("bert", 200, 100),
-    "lora-train": ("lora", 16, None),
-    "lora-predict": ("lora", 16, None),
-    "keywords": ("words", None, 100),
-    "ablation-baseline": ("words", None, None),
-    "ablation-bert": ("bert", 200, 100),
+GOAL = 0.99  # accuracy on the test papers, the time to which is measured
+PACKAGES = ("scikit-learn", "torch", "transformers", "peft", "fasttext-numpy2", "setfit", "keybert", "yake")
+COLUMNS = {  # of a table: its head, and how a value is shown
+    "test_accuracy": ("test accuracy", "{:.3f}"),
+    "held_out_accuracy": ("held-out accuracy", "{:.3f}"),
+    "held_out_f1": ("held-out F1", "{:.3f}"),
+    "keyword_f1": ("keyword F1", "{:.3f}"),
+    "keyword_recall": ("recall, case-sensitive", "{:.3f}"),
+    "minutes_to_goal": (f"minutes of training to {GOAL} on the test papers", "{:.1f}"),
+    "train_speed": ("training, papers/s", "{:.2f}"),
+    "train_ratio": ("training, kit ÷ this", "{:.2f}"),
+    "predict_speed": ("predicting, papers/s", "{:.2f}"),
+    "predict_ratio": ("predicting, kit ÷ this", "{:.2f}"),
+    "seconds": ("seconds in all", "{:.1f}"),
+    "memory": ("peak memory, GB", "{:.2f}"),
 }
-NEEDS = {"fasttext": "fasttext", "setfit": "setfit", "keybert": "keybert", "yake": "yake"}  # peer: module
-READMES = ("README.md", "README.zh-CN.md")
+LOW = ("seconds", "memory")  # columns where less is better
+UNRANKED = ("minutes_to_goal", "train_ratio", "predict_ratio")  # columns where nothing is bold
+SCORES = ("test_accuracy", "held_out_accuracy", "held_out_f1", "seconds", "memory")
+SPEED = ("train_speed", "train_ratio", "predict_speed", "predict_ratio", "memory")
+
+
+# ---- what is compared ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Row:
+    name: str  # in the table
+    commands: list  # of str, run one after the other; the last one leaves the predictions
+    output: str  # the folder under outputs/ that it leaves
+    needs: str = "numpy"  # a module that must be installed
+    meaning: str = ""  # what an ablation shows, told under its table
+
+
+@dataclass
+class Group:
+    title: str
+    about: str  # how to read the table
+    columns: tuple  # of its table
+    rows: list
+    learn: int | None = None  # papers to learn from, None: all
+    ask: int | None = None  # test papers and held-out papers, each, None: all
+    goal: bool = False  # measure the time to GOAL
+    keywords: bool = False  # scored by keywords, on held-out papers alone
+
+
+def kit(name, flags, output, meaning=""):
+    """A row of one of the kit's scripts: kit('baseline.py', 'baseline.py --ngrams 1', 'baseline')."""
+    return Row(name, [flags], output, meaning=meaning)
+
+
+def peer(name, flags, needs="numpy"):
+    """A row of benchmarks/peers.py: peer('the title', 'title')."""
+    return Row(name, [f"peers.py {flags}"], flags.split()[0], needs)
+
+
+BERT = "bert_finetune.py --model embedded --precision fp32"
+LORA = "--model embedded --precision fp32 --epochs 1 --max-length 512 --batch-size 8 --no-gradient-checkpointing"
+FREE = "baseline.py --fields title abstract"
+GROUPS = {
+    "words": Group(
+        "Words",
+        "The kit's time includes five folds, each with and without the authors. fastText and SetFit see the authors as "
+        "words; the kit counts their characters. SetFit learns from 16 papers.",
+        SCORES,
+        [
+            kit("**baseline.py**", "baseline.py", "baseline"),
+            peer("the tutorial's recipe: (1,10)-grams, logistic regression", "tutorial_words"),
+            peer("fastText, supervised", "fasttext", "fasttext"),
+            peer("SetFit on MiniLM", "setfit", "setfit"),
+        ],
+    ),
+    "bert": Group(
+        "BERT: time to learn",
+        "MiniLM. The kit with its defaults; the others are looked at four times an epoch, which is not counted.",
+        ("test_accuracy", "held_out_accuracy", "minutes_to_goal", "train_speed", "predict_speed", "memory"),
+        [
+            kit("**bert_finetune.py**", BERT, "bert"),
+            peer("the tutorial's loop: 512 tokens, learning rate 3e-5", "tutorial_bert --epochs 3"),
+            peer("transformers' Trainer, 5e-5", "trainer_bert --epochs 3 --max-length 256"),
+            peer("transformers' Trainer, 3e-4", "trainer_bert --epochs 3 --max-length 256 --lr 3e-4"),
+        ],
+        goal=True,
+    ),
+    "bert-speed": Group(
+        "BERT: speed, like for like",
+        "MiniLM, 512 tokens, batch 16, one epoch, each paper once.",
+        SPEED,
+        [
+            kit("**bert_finetune.py**", f"{BERT} --epochs 1 --max-length 512 --no-short-copies", "bert"),
+            peer("the tutorial's loop", "tutorial_bert"),
+            peer("transformers' Trainer", "trainer_bert"),
+        ],
+        learn=48,
+        ask=32,
+    ),
+    "lora": Group(
+        "LLM: speed, like for like",
+        "SmolLM2-135M, 512 tokens, batch 8, one epoch of few papers, which is too few to learn from.",
+        SPEED,
+        [
+            Row(
+                "**lora_finetune.py, lora_predict.py**",
+                ["make_llm_data.py", f"lora_finetune.py {LORA}", "lora_predict.py --precision fp32 --batch-size 8"],
+                "lora",
+            ),
+            peer("peft + transformers' Trainer, then a chat about one paper at a time", "chat_lora"),
+        ],
+        learn=24,
+        ask=12,
+    ),
+    "keywords": Group(
+        "Keywords",
+        "KeyBERT, YAKE and TF-IDF give ten keywords a paper. The kit's time includes learning from all other papers. "
+        "F1 is micro, exact match in any case; recall is the mean over papers, case-sensitive.",
+        ("keyword_f1", "keyword_recall", "seconds", "memory"),
+        [
+            kit("**extract_keywords.py**", "extract_keywords.py --submit k.csv", "keywords"),
+            peer("KeyBERT on MiniLM", "keybert", "keybert"),
+            peer("YAKE", "yake", "yake"),
+            peer("TF-IDF of (1,3)-grams", "tfidf"),
+            peer("the title", "title"),
+        ],
+        ask=100,
+        keywords=True,
+    ),
+    "ablation-words": Group(
+        "What the parts of baseline.py are worth",
+        "One change at a time.",
+        SCORES,
+        [
+            kit("as it is", "baseline.py", "baseline", "the author field gives the label away"),
+            kit("author alone", "baseline.py --fields author", "baseline", "how authors are written is all it takes"),
+            kit("title + abstract", FREE, "baseline", "words know topics, and the test papers are about other ones"),
+            kit("… counts in place of TF-IDF", f"{FREE} --features bow", "baseline",
+                "as good on papers of the same topics, and worse on others"),
+            kit("… single words", f"{FREE} --ngrams 1", "baseline", "pairs of words add little"),
+            kit("… naive Bayes", f"{FREE} --model nb", "baseline",
+                "four times the errors held out, fewer on other topics"),
+            kit("… linear SVM", f"{FREE} --model svm", "baseline", "within the spread of logistic regression"),
+            kit("… random forest", f"{FREE} --model rf", "baseline",
+                "three times the errors held out, fewer on other topics"),
+        ],
+    ),
+    "ablation-bert": Group(
+        "What the parts of bert_finetune.py are worth",
+        "MiniLM, one epoch of few papers, one change at a time. A row matters if it differs by more than the spread.",
+        SCORES,
+        [
+            kit("as it is, 128 tokens", f"{BERT} --epochs 1 --max-length 128", "bert", "the row to compare with"),
+            kit("without the short copies", f"{BERT} --epochs 1 --max-length 128 --no-short-copies", "bert",
+                "a model that always sees the topic learns the topic"),
+            kit("title + abstract", f"{BERT} --epochs 1 --max-length 128 --fields title abstract", "bert",
+                "what the text alone tells"),
+            kit("256 tokens", f"{BERT} --epochs 1 --max-length 256", "bert", "more of the abstract, twice the time"),
+            kit("batches of 8", f"{BERT} --epochs 1 --max-length 128 --batch-size 8", "bert", "twice the steps"),
+        ],
+        learn=200,
+        ask=100,
+    ),
+}  # fmt: skip
+
+
+# ---- papers of a round -----------------------------------------------------------------------------------------------
+
+
+def draw_papers(args, group, seed):
+    """The papers of a round, the same for all rows. Returns (papers to learn from, papers asked for, their fields). The
+    asked are test papers, then held-out ones, with columns label (-1: unknown) and is_test.
+    """
+    train = common.read_papers(args.data / "train.csv", labelled=True)
+    test = common.read_papers(args.data / "test.csv")
+    labels = results.read_labels(args.data / "test.csv", test)
+    test["label"] = -1 if labels is None else labels
+    fields = [name for name in common.FIELDS if name in train and name in test]
+    if group.keywords:
+        train, test = train[train["Keywords"] != ""], test.head(0).assign(Keywords="")
+        fields = ["title", "abstract"]
+    held_out = common.split_papers(train, 0.2, seed)
+    parts = [test.assign(is_test=True), train[held_out].assign(is_test=False)]
+    asked = pd.concat([part.head(args.limit or group.ask or len(part)) for part in parts], ignore_index=True)
+    asked["uuid"] = [f"asked {number}" for number in range(len(asked))]  # both files may number from 0
+    return train[~held_out].head(args.limit or group.learn or len(train)), asked, fields
+
+
+def write_papers(folder, group, learn, asked, fields):
+    """Write train.csv, test.csv and, for the time to the goal, labels.csv. What the test file lacks stays in train.csv:
+    the tutorial's recipe learns from it.
+    """
+    learn.to_csv(folder / "train.csv", index=False)
+    asked[["uuid", *fields]].to_csv(folder / "test.csv", index=False)
+    if group.goal:
+        asked[asked["is_test"]][["uuid", "label"]].to_csv(folder / "labels.csv", index=False)
+
+
+# ---- one row, once ---------------------------------------------------------------------------------------------------
+
+
+def run_row(row, folder, seed):
+    """Run the commands of a row. Returns seconds in all. Raises InputError with the last line of one that failed."""
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    started = time.perf_counter()
+    for command in row.commands:
+        script, *flags = command.split()
+        if script == "peers.py":
+            given = [HERE / script, flags[0], folder, *flags[1:], "--seed", seed]
+        else:
+            own_seed = [] if script.startswith("lora_") else ["--seed", seed]  # they take it from the data's record
+            papers = ["--train", folder / "train.csv", "--test", folder / "test.csv", "--out-dir", folder / "outputs"]
+            given = [KIT / script, *papers, *own_seed, *flags]
+        done = subprocess.run([sys.executable, *map(str, given)], env=env, cwd=folder, capture_output=True, text=True)
+        if done.returncode:
+            lines = done.stderr.strip().splitlines()
+            raise InputError(lines[-1] if lines else f"{script}: exit code {done.returncode}")
+    return time.perf_counter() - started
+
+
+def measure(row, group, folder, asked, seed):
+    """Run a row and read what it left. Returns {column: value}."""
+    seconds = run_row(row, folder, seed)
+    output = folder / "outputs" / row.output
+    metrics = results.read_json(output / "metrics.json")
+    peaks = [metrics[name] for name in ("peak_memory_mb", "train_peak_memory_mb") if metrics.get(name)]
+    found = {"seconds": seconds, "memory": max(peaks) / 1024}
+    if group.keywords:
+        return found | score_keywords(output / "test.csv", asked)
+    for name in ("train", "predict"):
+        if f"{name}_papers_per_second" in metrics:
+            found[f"{name}_speed"] = metrics[f"{name}_papers_per_second"]
+    probs = results.read_predictions(output / "test.csv").set_index("uuid")["prob"].loc[asked["uuid"]].to_numpy()
+    found |= score_labels(probs, asked)
+    if group.goal:
+        reached = metrics.get("seconds_to_goal", metrics["train_seconds"] if found["test_accuracy"] >= GOAL else None)
+        found["minutes_to_goal"] = None if reached is None else reached / 60
+        found["epochs"] = max(metrics["epochs_run"])
+    return found
+
+
+def score_labels(probs, asked):
+    """Accuracy on the test papers, where their labels are known, and accuracy and F1 on the held-out ones."""
+    found = {}
+    for name, rows in (("test", asked["is_test"]), ("held_out", ~asked["is_test"])):
+        labels = asked["label"][rows].to_numpy()
+        if len(labels) and (labels >= 0).all():
+            values = results.scores(labels, probs[rows])
+            found |= {f"{name}_accuracy": values["accuracy"], f"{name}_f1": values["f1"]}
+    return found
+
+
+def score_keywords(path, asked):
+    """Micro F1 in any case, and mean case-sensitive recall, of a file: uuid, Keywords joined by ';'."""
+    frame = pd.read_csv(path, dtype=str, keep_default_na=False).set_index("uuid")["Keywords"]
+    right, given, wanted, recalls = 0, 0, 0, []
+    for uuid, cell in zip(asked["uuid"], asked["Keywords"]):
+        picked, true = split_keywords(frame[uuid]), split_keywords(cell)
+        recalls.append(len(picked & true) / len(true))
+        picked, true = ({word.casefold() for word in words} for words in (picked, true))
+        right, given, wanted = right + len(picked & true), given + len(picked), wanted + len(true)
+    return {"keyword_f1": 2 * right / max(given + wanted, 1), "keyword_recall": float(np.mean(recalls))}
+
+
+def split_keywords(cell):
+    """'a; B ;a' -> {'a', 'B'}"""
+    return {word.strip() for word in cell.split(";")} - {""}
+
+
+# ---- all rounds ------------------------------------------------------------------------------------------------------
+
+
+def measure_group(group, args):
+    """All rounds of a group. Returns ({row name: [what was measured, a dict a round]}, faults: list of str, which
+    papers there were: str).
+    """
+    rows = [row for row in group.rows if find_spec(row.needs)]
+    faults = [f"{row.name}: not installed" for row in group.rows if row not in rows]
+    found = {row.name: [] for row in rows}
+    for seed in range(1, args.rounds + 1):
+        learn, asked, fields = draw_papers(args, group, seed)
+        done = {}
+        for row in rows:
+            log(f"{time.strftime('%H:%M:%S')} round {seed} of {args.rounds}: {row.name}")
+            with tempfile.TemporaryDirectory() as folder:
+                write_papers(Path(folder), group, learn, asked, fields)
+                try:
+                    done[row.name] = measure(row, group, Path(folder), asked, seed)
+                except InputError as error:
+                    faults.append(f"{row.name}: {error}")
+                    log(f"    failed: {error}")
+        for name, values in add_ratios(done, rows[0].name).items():
+            found[name].append(values)
+    tests = int(asked["is_test"].sum())
+    papers = f"{len(learn):,} papers to learn from, {tests:,} test papers, {len(asked) - tests:,} held out; "
+    return found, faults, papers + " + ".join(fields)
+
+
+def add_ratios(done, first):
+    """Add to the rows of a round how much faster the first row was: {"a": {"train_speed": 6}, "b": {"train_speed": 2}},
+    "a" -> b gets train_ratio 3.
+    """
+    for name, values in done.items():
+        for kind in ("train", "predict"):
+            speeds = [row.get(f"{kind}_speed") for row in (done.get(first, {}), values)]
+            if name != first and all(speeds):
+                values[f"{kind}_ratio"] = speeds[0] / speeds[1]
+    return done
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
+
+def cell(column, rounds):
+    """Mean and standard deviation of a column over the rounds: '0.990 ± 0.003'."""
+    values = [values[column] for values in rounds if column in values]
+    shown = COLUMNS[column][1]
+    if not values:
+        return "–"
+    if None in values:
+        epochs = max(row["epochs"] for row in rounds)
+        return f"not in {epochs} epochs ({values.count(None)} of {len(values)} times)"
+    spread = f" ± {shown.format(np.std(values, ddof=1))}" if len(values) > 1 else ""
+    return shown.format(np.mean(values)) + spread
+
+
+def best_row(column, found):
+    """The row that is better than every other by more than both standard deviations together; None if no row is."""
+    stats = []
+    for name, rounds in found.items():
+        values = [values[column] for values in rounds if column in values]
+        if len(values) < 2 or column in UNRANKED:
+            return None
+        stats.append((np.mean(values) * (-1 if column in LOW else 1), np.std(values, ddof=1), name))
+    (best, spread, name), *others = sorted(stats, reverse=True)
+    return name if all(best - mean > spread + other for mean, other, _ in others) else None
+
+
+def make_table(columns, found):
+    """A Markdown table of the rows; the best of a column is bold, if it is the best beyond the spread."""
+    found = {name: rounds for name, rounds in found.items() if rounds}
+    lines = [["", *(COLUMNS[column][0] for column in columns)], ["---"] * (len(columns) + 1)]
+    best = {column: best_row(column, found) for column in columns}
+    for name, rounds in found.items():
+        cells = [cell(column, rounds) for column in columns]
+        cells = [f"**{text}**" if best[column] == name else text for column, text in zip(columns, cells)]
+        lines.append([name, *cells])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def describe_machine():
-    """Processor, cores, versions, and GFLOP/s of a product of two fp32 matrices of 2048 x 2048, the best of 5."""
-    import torch
-
-    a, b = torch.randn(2, 2048, 2048)
+    """Processor, cores, speed of a product of two fp32 matrices (the best of 5), and versions, in a line."""
+    a = np.ones((2048, 2048), dtype=np.float32)
     times = []
     for _ in range(5):
         started = time.perf_counter()
-        for _ in range(5):
-            a @ b
+        a @ a
         times.append(time.perf_counter() - started)
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    versions = {"Python": sys.version.split()[0]}
-    for package in sorted({name for names in tables.VERSIONS.values() for name in names}):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            pass
-    return {
-        "processor": names[0] if names else "unknown processor",
-        "cores": os.cpu_count(),
-        "matmul_gflops": round(5 * 2 * 2048**3 / min(times) / 1e9, 1),
-        "versions": versions,
-    }
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
+    names = re.findall(r"model name\s*: (.*)", info) or ["unknown processor"]
+    versions = [f"Python {sys.version.split()[0]}"]
+    for package in PACKAGES:
+        with suppress(PackageNotFoundError):
+            versions.append(f"{package} {version(package)}")
+    return f"{names[0]}, {os.cpu_count()} cores, {2 * 2048**3 / min(times) / 1e9:.0f} GFLOP/s; {', '.join(versions)}"
 
 
-def run_one(case, peer, args):
-    """One peer of a case, once, in this process. Returns a dict of what was measured."""
-    module, learn, ask = CASES[case]
-    args.learn, args.ask = (args.limit, args.limit) if args.limit else (learn, ask)
-    row = importlib.import_module(module).CASES[case][peer](args)
-    if "fields" not in row:  # speed alone is measured on the first papers of the training file
-        import papers
-
-        row |= {"learn": row["papers"], "fields": papers.first_papers(args)[1]}
-    row |= {"papers_per_second": row["papers"] / row["seconds"], "peak_memory_mb": common.peak_memory_mb()}
-    return {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in row.items()}
-
-
-def call(args, *one):
-    """Run this program for one peer, in a process of its own. Returns (what it measured or None, why it failed)."""
-    command = [sys.executable, __file__, "--train", args.train.resolve(), "--test", args.test.resolve()]
-    command += ["--limit", args.limit] if args.limit else []
-    env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run(
-        [*map(str, command), "--one", *map(str, one)], env=env, capture_output=True, text=True, check=False
-    )
-    if done.returncode == 0:
-        return json.loads(done.stdout.splitlines()[-1]), None
-    if done.returncode < 0:
-        return None, f"killed by signal {-done.returncode}" + (" (out of memory?)" if done.returncode == -9 else "")
-    return None, (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+def describe_group(name, group, found, faults, papers, args):
+    """The section of docs/benchmarks.md about a group."""
+    meanings = [f"- {row.name}: {row.meaning}." for row in group.rows if row.meaning]
+    flags = f"--only {name} --rounds {args.rounds} --data DIR" + (f" --limit {args.limit}" if args.limit else "")
+    parts = [
+        f"## {group.title}",
+        group.about,
+        make_table(group.columns, found),
+        "\n".join(meanings),
+        f"{papers}; n = {args.rounds}, mean ± standard deviation; bold: the best beyond the spread. "
+        f"{describe_machine()}. `python benchmarks/run.py {flags}`",
+        f"Not run: {'; '.join(dict.fromkeys(faults))}." if faults else "",
+    ]
+    return "\n\n".join(part for part in parts if part)
 
 
-def describe_files(args):
-    """{"train" and "test": name, number of papers and fingerprint}. Raises InputError for what can't be used."""
-    frames = {"train": common.read_papers(args.train, labelled=True), "test": common.read_papers(args.test)}
-    return {name: {"papers": len(frame), "fingerprint": common.fingerprint(frame)} for name, frame in frames.items()}
+HEAD = """# Benchmarks
+
+The kit beside what one would otherwise run, written by `benchmarks/run.py`: a section a group, each measured in one go
+on one machine. Rows of one table compare with each other; tables of different machines don't.
+"""
 
 
-def measure(case, args, machine, results):
-    """Run what is missing of a case, round by round and its peers in turn, so that a slow minute hits all of them.
-    Results are written after each run. Returns the number of runs that failed.
-    """
-    found, failed = results[case], 0
-    peers = []
-    for peer in tables.PEERS[case]:
-        if find_spec(NEEDS.get(peer, "json")):
-            peers.append(peer)
-            found["runs"].setdefault(peer, [])
-        else:
-            common.log(f"{case}: {peer} left out, it is not installed: pip install -r benchmarks/requirements.txt")
-    for number in range(1, args.rounds + 1):
-        for peer in peers:
-            if any(row["round"] == number for row in found["runs"][peer]):
-                continue
-            common.log(f"{time.strftime('%H:%M:%S')} {case}, round {number} of {args.rounds}, {peer} ...")
-            started = time.perf_counter()
-            row, why = call(args, case, peer, number)
-            if why:
-                failed += 1
-                common.log(f"{case}: {peer} failed in round {number}: {why}")
-                continue
-            found["runs"][peer].append({"round": number, **row})
-            found["machine"] = machine
-            common.write_json(args.results, results)
-            said = [f"{name} {row[name]:.3f}" for name in row if name.endswith(("accuracy", "f1"))]
-            said += [f"{row['papers_per_second']:.2f} papers/s, {row['peak_memory_mb']:.0f} MiB"]
-            common.log(f"    {'  '.join(said)}; {time.perf_counter() - started:.0f} s with loading")
-    return failed
+def write_section(path, name, text):
+    """Put a group's section into the file, in place of its old one, and leave the other groups' as they are."""
+    page = path.read_text(encoding="utf-8") if path.is_file() else HEAD
+    old = dict(re.findall(r"<!-- (\S+) -->\n(.*?)\n<!-- end -->", page, re.DOTALL))
+    old[name] = text
+    sections = [f"<!-- {group} -->\n{old[group]}\n<!-- end -->\n" for group in GROUPS if group in old]
+    with results.atomic_write(path) as part:
+        part.write_text("\n".join([HEAD, *sections]), encoding="utf-8")
 
 
-def is_finished(found, rounds):
-    """Whether every peer has all of its rounds."""
-    wanted = set(range(1, rounds + 1))
-    return all(wanted <= {row["round"] for row in rows} for rows in found["runs"].values())
-
-
-def open_case(case, args, settings, machine, results):
-    """Make ready what is to be measured of a case. Returns False where nothing is: it is finished and wasn't named."""
-    found = results.get(case, {})
-    same = all(found.get(key) == value for key, value in settings.items())
-    if same and is_finished(found, args.rounds):
-        if not args.only:
-            common.log(f"{case}: kept, finished earlier (--only {case} measures it anew)")
-            return False
-        same = False
-    if not same:
-        results[case] = settings | {"machine": machine, "runs": {}}
-    return True
-
-
-def write_readmes(results):
-    """Make the tables of the READMEs anew."""
-    for language, name in enumerate(READMES):
-        text = (KIT / name).read_text(encoding="utf-8")
-        with common.replacing(KIT / name) as part:
-            part.write_text(tables.insert(text, results, language), encoding="utf-8")
-    common.log(f"wrote the tables of {' and '.join(READMES)}")
+# ---- main ------------------------------------------------------------------------------------------------------------
 
 
 def parse_args():
     parser = common.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    sample = KIT / "data" / "sample"
-    add("--train", type=Path, default=sample / "train.csv", metavar="FILE", help="with labels, default: the sample")
-    add("--test", type=Path, default=sample / "test.csv", metavar="FILE", help="default: the sample")
-    add("--only", nargs="+", metavar="CASE", help=f"of {', '.join([*tables.BLOCKS, *CASES])}")
-    add("--rounds", type=common.whole, default=3, metavar="N", help="default %(default)s")
-    add("--limit", type=common.whole, metavar="N", help="papers to learn from, and of test and of held-out ones to ask "
-        "for, instead of each case's own number")  # fmt: skip
-    add("--results", type=Path, default=HERE / "results.json", metavar="FILE", help="default %(default)s; the README's "
-        "tables are made of this one alone")  # fmt: skip
-    add("--write-readme", action="store_true", help="only make the README's tables anew")
-    add("--one", nargs="+", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if unknown := [name for name in args.only or () if name not in (*tables.BLOCKS, *CASES)]:
-        parser.error(f"--only {common.some(unknown)}: want of {', '.join([*tables.BLOCKS, *CASES])}")
-    return args
+    add("--data", type=Path, default=common.data_dir(), metavar="DIR", help="train.csv, test.csv and test_labels.csv; "
+        "default: %(default)s")  # fmt: skip
+    add("--only", nargs="+", choices=GROUPS, default=list(GROUPS), metavar="GROUP", help=f"of {', '.join(GROUPS)}")
+    add("--rounds", type=positive_int, default=3, metavar="N", help="default %(default)s")
+    add("--limit", type=positive_int, metavar="N", help="papers to learn from, and test and held-out papers, each")
+    add("--doc", type=Path, default=KIT / "docs" / "benchmarks.md", metavar="FILE", help="default: %(default)s")
+    return parser.parse_args()
 
 
 def main():
     args = parse_args()
-    if args.one:
-        case, *rest = args.one
-        if case == "machine":
-            print(json.dumps(describe_machine()))
-            return
-        args.round = int(rest[1])
-        print(json.dumps(run_one(case, rest[0], args)))
-        return
-    default = args.results.resolve() == HERE / "results.json"
-    results = common.read_json(args.results)
     failed = 0
-    if not args.write_readme:
-        names = args.only or [block for block in tables.BLOCKS if block != "ablations"]
-        asked = [case for name in names for case in tables.BLOCKS.get(name, (name,))]
-        settings = {"files": describe_files(args), "limit": args.limit}
-        machine, why = call(args, "machine")
-        if why:
-            sys.exit(f"run.py: {why}")
-        for case in CASES:
-            if case in asked and open_case(case, args, settings, machine, results):
-                failed += measure(case, args, machine, results)
-    if default:
-        write_readmes(results)
+    for name in args.only:
+        group = GROUPS[name]
+        found, faults, papers = measure_group(group, args)
+        text = describe_group(name, group, found, faults, papers, args)
+        write_section(args.doc, name, text)
+        print(text, flush=True)
+        failed += any("not installed" not in fault for fault in faults)
     if failed:
-        sys.exit(f"run.py: {failed} runs failed, see above; the same command tries them again")
+        sys.exit(f"run.py: rows of {failed} groups failed, see above")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ PLAIN = "{instruction}\n{input}\nAnswer:"
 HOLE = "<<paper>>"
 # Put before a chat template: if it writes the date, that is always 1 January 2025: the same prompt on any day.
 DATE = {"Y": "2025", "y": "25", "m": "01", "B": "January", "b": "Jan", "d": "01", "-d": "1", "A": "Wednesday",
-        "a": "Wed", "H": "12", "I": "12", "M": "00", "S": "00", "p": "PM", "F": "2025-01-01", "T": "12:00:00"}  # fmt: skip
+        "a": "Wed", "H": "12", "I": "12", "M": "00", "S": "00", "p": "PM", "F": "2025-01-01"}  # fmt: skip
 DATE = "".join(f" | replace('%{code}', '{text}')" for code, text in DATE.items())
 DATE = "{%- macro strftime_now(format) -%}{{ format" + DATE + " }}{%- endmacro -%}"
 THINKING = re.compile(r"<(think|thinking|thought|reasoning)>\s*$|\[THINK\]\s*$")  # a prompt that ends in an open part

@@ -93,7 +93,7 @@ def atomic_write(path):
                 if part.is_file():
                     with open(part, "r+b") as file:  # Windows syncs only what is open for writing
                         os.fsync(file.fileno())
-                os.replace(part, target)
+                part.replace(target)
     except OSError as error:
         if str(error.filename).startswith(str(part)):
             error.filename = str(path)
@@ -278,12 +278,30 @@ def read_labels(test_path, test):
 
 # ---- submission ------------------------------------------------------------------------------------------------------
 
+KEYWORD_LISTS = {"board": "board.csv", "reader": "test.csv"}  # in the folder of extract_keywords.py
 
-def read_keywords(folder, test):
-    """{uuid: keywords} as a Series in the order of `test`, from extract_keywords.py's folder; None if it is not there
-    or about other papers.
+
+def board_estimate(f1, recall):
+    """The score that the board would give: 0.4 x F1 of task 1 + 0.6 x case-sensitive recall of the keywords, mean over
+    papers. Inferred from published scores, not official: docs/keywords.md.
+
+    >>> round(board_estimate(0.99, 0.4), 3)
+    0.636
     """
-    path = Path(folder) / "test.csv"
+    return 0.4 * f1 + 0.6 * recall
+
+
+def read_keyword_scores(folder, test):
+    """The scores in extract_keywords.py's metrics.json, {} if there are none for these very test papers."""
+    record = read_json(Path(folder) / "metrics.json", papers=dict, scores=dict) or {"papers": {}, "scores": {}}
+    return record["scores"] if record["papers"].get("test_fingerprint") == fingerprint(test) else {}
+
+
+def read_keywords(folder, test, wanted="board"):
+    """The cells of a list (a key of KEYWORD_LISTS) as a Series in the order of `test`, from extract_keywords.py's
+    folder; None if it is not there or about other papers.
+    """
+    path = Path(folder) / KEYWORD_LISTS[wanted]
     if not path.is_file():
         return None
     record = read_json(path.with_name("metrics.json"), papers=dict) or {"papers": {}}
@@ -299,18 +317,28 @@ def read_keywords(folder, test):
     return keywords
 
 
-def write_submission(path, test, labels, out_dir):
-    """Write uuid, Keywords, label in the order of the test file. Keywords: the test file's own, else those that
-    extract_keywords.py found for these very papers, else the titles; an empty cell takes the title. `labels`: 0/1.
+def choose_keywords(test, out_dir, wanted="board"):
+    """The Keywords of a submission. Returns (cells, where they are from and why)."""
+    if "Keywords" in test:
+        return test["Keywords"], "the test file, which has them"
+    found = read_keywords(Path(out_dir) / "keywords", test, wanted)
+    if found is None:
+        return test["title"], "the titles, since extract_keywords.py has not run on these papers"
+    why = {
+        "board": "the board's list: many entries, casing counts (--keywords reader takes the reader's)",
+        "reader": "the reader's list: few and likely ones (--keywords board takes the board's)",
+    }
+    return found, f"{Path(out_dir) / 'keywords' / KEYWORD_LISTS[wanted]}, {why[wanted]}"
+
+
+def write_submission(path, test, labels, out_dir, wanted="board"):
+    """Write uuid, Keywords, label in the order of the test file. Keywords: the test file's own, else the wanted list
+    that extract_keywords.py made for these very papers, else the titles; an empty cell takes the title. `labels`: 0/1.
     """
     labels = np.asarray(labels).astype(int)
     if labels.shape != (len(test),) or not np.isin(labels, (0, 1)).all():
         raise ValueError(f"{path}: want {len(test)} labels of 0 or 1")
-    source, keywords = "the titles", test["title"]
-    if "Keywords" in test:
-        source, keywords = "the test file", test["Keywords"]
-    elif (found := read_keywords(Path(out_dir) / "keywords", test)) is not None:
-        source, keywords = Path(out_dir) / "keywords" / "test.csv", found
+    keywords, source = choose_keywords(test, out_dir, wanted)
     cells = [cell or title for cell, title in zip(keywords, test["title"])]
     write_csv(path, {"uuid": test["uuid"].tolist(), "Keywords": cells, "label": labels})
     log(f"wrote {path}: {len(test)} papers, {labels.sum()} with label 1, Keywords from {source}")

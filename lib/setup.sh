@@ -33,7 +33,7 @@ fi
 
 # So that the scripts find common.py under PYTHONSAFEPATH, too. A relative path is right wherever .venv is, and linked.
 for site in "$venv"/lib/python3*/site-packages; do
-    [ -f "$site/kit.pth" ] || echo ../../../.. >"$site/kit.pth"
+    [ -f "$site/kit.pth" ] || echo ../../../.. >"$site/kit.pth" || true # someone else's .venv may be read-only
 done
 
 # Nothing to do if this interpreter has installed the same file before.

@@ -35,7 +35,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from common import InputError, Process, bounded, fold_numbers, log, positive_int, split_papers
-from lib import hub, results
+from lib import gpu, hub, results
 
 warnings.filterwarnings("ignore", category=FutureWarning)
 transformers.logging.set_verbosity_error()  # the kit says in a line what matters of it
@@ -74,12 +74,11 @@ def add_precision_flag(add):
 
 
 def make_accelerator(precision="auto"):
-    """An Accelerator: bf16 where the GPU computes it, else fp16 with scaled gradients; fp32 without CUDA."""
-    cuda = torch.cuda.is_available()
-    if precision == "auto":  # older cards only emulate bf16, which is several times slower
-        precision = ("bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16") if cuda else "fp32"
-    if precision == "fp16" and not cuda:
-        raise InputError("--precision fp16 needs CUDA: use fp32 or bf16")
+    """An Accelerator in the precision that suits the cards: fp16 is with scaled gradients; fp32 without CUDA."""
+    cards = gpu.find_cards()
+    if cards:
+        gpu.set_up()
+    precision = gpu.choose_precision(precision, cards)
     several = os.environ.get("WORLD_SIZE", "1") != "1"
     if several and "TORCHELASTIC_RUN_ID" not in os.environ:  # not started by accelerate launch or torchrun
         log(f"WORLD_SIZE={os.environ['WORLD_SIZE']} in the environment is ignored: for several processes use "
@@ -90,7 +89,7 @@ def make_accelerator(precision="auto"):
     # Unless it is told, accelerate takes each of several processes on a CPU for the only one.
     precision = "no" if precision == "fp32" else precision
     wait = InitProcessGroupKwargs(timeout=timedelta(hours=12))  # for a process that has more to do
-    accelerator = Accelerator(mixed_precision=precision, cpu=several and not cuda, kwargs_handlers=[wait])
+    accelerator = Accelerator(mixed_precision=precision, cpu=several and not cards, kwargs_handlers=[wait])
     Process.first = accelerator.is_main_process
     return accelerator
 

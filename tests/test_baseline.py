@@ -112,7 +112,7 @@ def test_models_with_the_same_f1_are_no_winner_and_a_loser(kit, write_csv):
 def test_a_damaged_keywords_folder_costs_the_submission_alone(kit, tmp_path):
     keywords = tmp_path / "outputs" / "keywords"
     keywords.mkdir(parents=True)
-    for name in ("test.csv", "metrics.json"):
+    for name in ("board.csv", "metrics.json"):
         (keywords / name).write_text("[")
     done = kit("baseline.py")
     assert done.returncode == 2 and "metrics.json is damaged" in done.stderr
@@ -129,6 +129,13 @@ def test_same_command_same_result(kit, tmp_path, monkeypatch):
         assert (tmp_path / "a" / "baseline" / name).read_bytes() == (tmp_path / "b" / "baseline" / name).read_bytes()
 
 
+def test_tuning_keeps_the_author_weight_that_was_given(kit, tmp_path):
+    done = kit("baseline.py", "--tune", "--author-weight", 3, "--limit", 60)
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((tmp_path / "outputs" / "baseline" / "metrics.json").read_text())
+    assert metrics["settings"]["author_weight"] == 3 and "author" in metrics["fields"]
+
+
 def test_papers_without_text_get_a_prediction(kit, tmp_path, write_csv):
     rows = [["uuid", "title", "author", "abstract"], ["1", "", "", ""], ["2", "flu", "", ""]]
     done = kit("baseline.py", "--test", write_csv("t.csv", rows))
@@ -137,7 +144,7 @@ def test_papers_without_text_get_a_prediction(kit, tmp_path, write_csv):
 
 
 def test_warns_where_all_test_papers_get_one_class(kit, write_csv):
-    rows = [["uuid", "title", "author", "abstract"], *([str(i), "Untitled", "", ""] for i in range(20))]
+    rows = [["uuid", "title", "author", "abstract"], *([str(i), "Untitled " * (1 + i % 2), "", ""] for i in range(20))]
     done = kit("baseline.py", "--test", write_csv("t.csv", rows))
     assert done.returncode == 0 and "warning: 20 of 20 test papers get label" in done.stderr
 
@@ -147,7 +154,7 @@ def test_says_what_is_odd_of_train_and_test(kit, write_csv):
     rows = [["uuid", "title", "abstract"], ["x7", train["title"][3], train["abstract"][3]], ["x8", "a", "b"]]
     done = kit("baseline.py", "--test", write_csv("t.csv", rows), "--limit", 60)
     assert "1 test papers are in" in done.stderr and "uuid x7" in done.stderr
-    assert "field author is left out: the test file" in done.stderr
+    assert "field author is left out: no such column in test" in done.stderr
     assert "--limit 60" in done.stderr and "60 out of fold" in done.stdout
 
 

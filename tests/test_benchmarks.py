@@ -1,203 +1,124 @@
-import copy
 import importlib
-import json
-import re
 import subprocess
 import sys
+from argparse import Namespace
+from pathlib import Path
 
+import pandas as pd
 import pytest
 from conftest import KIT, SAMPLE
 
 sys.path.append(str(KIT / "benchmarks"))
 
+import peers  # noqa: E402
 import run  # noqa: E402
-import tables  # noqa: E402
 
-RESULTS = json.loads((KIT / "benchmarks" / "results.json").read_text(encoding="utf-8"))
-TEXTS = [(KIT / name).read_text(encoding="utf-8") for name in run.READMES]
+ROWS = [(name, row) for name, group in run.GROUPS.items() for row in group.rows]
 
 
-# ---- tables ----------------------------------------------------------------------------------------------------------
+def start(doc, *flags):
+    command = [sys.executable, KIT / "benchmarks" / "run.py", "--data", SAMPLE, "--rounds", "1", "--doc", doc, *flags]
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("language", [0, 1])
-def test_the_readme_says_what_was_measured(language):
-    """If this fails: python benchmarks/run.py --write-readme"""
-    assert tables.insert(TEXTS[language], RESULTS, language) == TEXTS[language]
-    assert sorted(re.findall(r"<!-- benchmark: (\S+) -->", TEXTS[language])) == sorted(tables.BLOCKS)
+@pytest.mark.parametrize("name, row", ROWS, ids=[f"{name}: {row.name}" for name, row in ROWS])
+def test_every_command_has_flags_that_its_script_knows(monkeypatch, tmp_path, name, row):
+    for command in row.commands:
+        script, *flags = command.split()
+        if not flags:
+            continue
+        given = [flags[0], tmp_path, *flags[1:]] if script == "peers.py" else flags
+        monkeypatch.setattr(sys, "argv", [script, *map(str, given)])
+        importlib.import_module(script.removesuffix(".py")).parse_args()
 
 
-@pytest.mark.parametrize("language", [0, 1])
-def test_every_other_result_makes_another_readme(language):
-    """So that the test above can fail: each peer's speed, in each case, stands in the README."""
-    for case, found in RESULTS.items():
-        for peer, rows in found["runs"].items():
-            other = copy.deepcopy(RESULTS)
-            for row in other[case]["runs"][peer]:
-                row["papers_per_second"] *= 3
-            assert not rows or tables.insert(TEXTS[language], other, language) != TEXTS[language], (case, peer)
+def test_papers_asked_for_are_not_learned_from():
+    args = Namespace(data=SAMPLE, limit=None)
+    learn, asked, fields = run.draw_papers(args, run.GROUPS["words"], 1)
+    assert not set(learn["title"]) & set(asked["title"][~asked["is_test"]])
+    assert len(learn) + sum(~asked["is_test"]) == 120 and sum(asked["is_test"]) == 40 and asked["uuid"].is_unique
+    assert fields == ["title", "author", "abstract"]
+    again = run.draw_papers(args, run.GROUPS["words"], 2)[0]
+    assert set(again["uuid"]) != set(learn["uuid"])
+    learn, asked, _ = run.draw_papers(Namespace(data=SAMPLE, limit=5), run.GROUPS["keywords"], 1)
+    assert len(learn) == len(asked) == 5 and not any(asked["is_test"]) and all(asked["Keywords"])
 
 
-def test_every_case_stands_in_one_table():
-    cases = [case for block in tables.BLOCKS.values() for case in block]
-    assert sorted(cases) == sorted(run.CASES) == sorted(tables.PEERS) == sorted(tables.CAPTIONS)
-    assert all("kit" in peers for peers in tables.PEERS.values()) and set(tables.VERSIONS) == set(tables.BLOCKS)
+def test_rows_get_the_papers_without_the_answers(tmp_path):
+    args = Namespace(data=SAMPLE, limit=9)
+    for name in ("keywords", "bert"):
+        learn, asked, fields = run.draw_papers(args, run.GROUPS[name], 1)
+        run.write_papers(tmp_path, run.GROUPS[name], learn, asked, fields)
+        shown = pd.read_csv(tmp_path / "test.csv")
+        assert not {"label", "Keywords", "is_test"} & set(shown) and len(shown) == len(asked)
+    labels = pd.read_csv(tmp_path / "labels.csv")
+    assert labels["uuid"].tolist() == asked["uuid"][asked["is_test"]].tolist()
 
 
-def row(number, speed, memory=100, **scores):
-    seen = {"learn": 9, "fields": ["title"], "seconds": 1}
-    return {"round": number, "papers_per_second": speed, "peak_memory_mb": memory, **seen, **scores}
+def test_scores(tmp_path):
+    asked = pd.DataFrame({"label": [1, 0, 1, 0], "is_test": [True, True, False, False]})
+    found = run.score_labels(pd.Series([0.9, 0.8, 0.7, 0.1]).to_numpy(), asked)
+    assert (found["test_accuracy"], found["held_out_accuracy"], found["held_out_f1"]) == (0.5, 1, 1)
+    unknown = run.score_labels(pd.Series([0.9, 0.8, 0.7, 0.1]).to_numpy(), asked.assign(label=[-1, -1, 1, 0]))
+    assert "test_accuracy" not in unknown
+    asked = pd.DataFrame({"uuid": ["1", "2"], "Keywords": ["flu; Lung Cancer", "art"]})
+    found = pd.DataFrame({"uuid": ["2", "1"], "Keywords": ["rock", "flu; lung cancer; x"]})
+    found.to_csv(tmp_path / "k.csv", index=False)
+    assert run.score_keywords(tmp_path / "k.csv", asked) == {"keyword_f1": 4 / 7, "keyword_recall": 0.25}
 
 
-def found(**runs):
-    files = {"train": {"papers": 9, "fingerprint": "ab"}}
-    machine = {"processor": "P", "cores": 2, "matmul_gflops": 1, "versions": {"Python": "3"}}
-    return {"files": files, "limit": None, "machine": machine, "runs": runs}
+def test_tables_show_mean_spread_and_a_winner_only_beyond_the_spread():
+    found = {
+        "kit": [{"test_accuracy": 0.99, "seconds": 1.0}, {"test_accuracy": 0.97, "seconds": 1.2}],
+        "peer": [{"test_accuracy": 0.98, "seconds": 5.0}, {"test_accuracy": 0.97, "seconds": 6.0}],
+        "failed": [],
+    }
+    lines = run.make_table(("test_accuracy", "seconds"), found).splitlines()
+    assert lines[2:] == ["| kit | 0.980 ± 0.014 | **1.1 ± 0.1** |", "| peer | 0.975 ± 0.007 | 5.5 ± 0.7 |"]
+    one_round = run.make_table(("seconds",), {name: rounds[:1] for name, rounds in found.items()})
+    assert "| kit | 1.0 |" in one_round and "**" not in one_round
+    never = [{"minutes_to_goal": None, "epochs": 3}, {"minutes_to_goal": 2.0, "epochs": 3}]
+    assert run.cell("minutes_to_goal", never) == "not in 3 epochs (1 of 2 times)"
 
 
-def cells(text, name):
-    """The cells of the row that begins with `name`, by column."""
-    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if "|" in line]
-    return dict(zip(lines[0], next(line for line in lines if line[0] == name)))
+def test_ratios_are_of_one_round():
+    done = {"kit": {"train_speed": 6}, "peer": {"train_speed": 2}, "title": {}}
+    assert run.add_ratios(done, "kit")["peer"]["train_ratio"] == 3 and "train_ratio" not in done["title"]
 
 
-def test_median_spread_and_ratios_by_round():
-    """Ratios are of runs of the same round, also where a round of one peer failed."""
-    kit, peer = [row(1, 10), row(2, 20), row(3, 40)], [row(1, 5, 300), row(3, 10, 150)]
-    text = tables.table("bert-predict", found(kit=kit, original=peer), 0)
-    assert cells(text, "**this kit**")["papers/s"] == "20.0 (10.0–40.0)"
-    found_cells = cells(text, "the tutorial's loop (padding to 512)")
-    assert found_cells["papers/s"] == "7.50 (5.00–10.0)"
-    assert found_cells["speed, kit ÷ this"] == "3.00 (2.00–4.00)"
-    assert found_cells["memory, this ÷ kit"] == "2.25 (1.50–3.00)"
+def test_the_clock_stops_at_the_goal_and_does_not_count_the_looks():
+    answers = iter([[0.9, 0.9], [0.9, 0.1]])
+    clock = peers.Clock(Namespace(labels=pd.Series([1, 0]).to_numpy()), 8, lambda: pd.Series(next(answers)).to_numpy())
+    assert [clock.tick() for _ in range(4)] == [False, False, False, True]
+    assert 0 < clock.reached <= clock.seconds() and clock.metrics(4)["train_papers_per_second"] > 0
 
 
-def test_a_peer_that_wins_is_shown():
-    runs = {"kit": [row(1, 10, accuracy=0.8, f1=0.7)], "fasttext": [row(1, 40, 50, accuracy=0.9, f1=0.6)]}
-    text = tables.table("baseline", found(**runs), 0)
-    wins = cells(text, "fastText, supervised")
-    assert wins["speed, kit ÷ this"] == "**0.25**" and wins["memory, this ÷ kit"] == "**0.50**"
-    assert wins["test accuracy"] == "**0.900**" and wins["test F1"] == "0.600"
-    assert "Not run: the tutorial's recipe" in text and "SetFit" in text.splitlines()[-1]
+def test_a_run_writes_its_section_and_keeps_the_others(tmp_path):
+    doc = tmp_path / "benchmarks.md"
+    run.write_section(doc, "lora", "## earlier")
+    done = start(doc, "--only", "words", "--limit", "24")
+    assert done.returncode == 0, done.stderr
+    text = doc.read_text()
+    assert text.index("## Words") < text.index("## earlier") and text.count("<!-- end -->") == 2
+    assert "| **baseline.py** | " in text and "24 papers to learn from" in text and "--only words --rounds 1" in text
+    rows = [line for line in text.splitlines() if "the tutorial's recipe" in line]
+    assert len(rows) == 1 and rows[0].count("|") == 7
 
 
-def test_a_marker_without_a_table_is_an_error():
-    with pytest.raises(ValueError, match="birds"):
-        tables.insert("<!-- benchmark: birds -->\n<!-- end -->", RESULTS, 0)
-
-
-# ---- runs ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def bench(tmp_path, monkeypatch):
-    """Run run.py's main in this process, its runs replaced by `call`; returns what then stands in the results file."""
-    path = tmp_path / "results.json"
-
-    def start(call, *flags):
-        monkeypatch.setattr(run, "call", call)
-        monkeypatch.setattr(sys, "argv", ["run.py", "--results", str(path), *flags])
-        run.main()
-        return json.loads(path.read_text())
-
-    return start
-
-
-class Calls(list):
-    """Stands for run.call: keeps what it was asked for, and fails or stops where told."""
-
-    def __init__(self, fails=(), stops=()):
-        super().__init__()
-        self.fails, self.stops = fails, stops
-
-    def __call__(self, args, *one):
-        if one == ("machine",):
-            return found()["machine"], None
-        if one in self.stops:
-            raise KeyboardInterrupt
-        self.append(one)
-        number = one[-1]
-        return (None, "no memory") if one in self.fails else ({**row(number, 1), "round": number}, None)
-
-
-def test_peers_take_turns_and_a_stopped_run_goes_on(bench, tmp_path):
-    flags = ("--only", "bert-train", "lora-predict", "--rounds", "2")
-    calls = Calls(stops=[("bert-train", "trainer", 2)])
-    with pytest.raises(KeyboardInterrupt):
-        bench(calls, *flags)
-    done = [("bert-train", peer, number) for number in (1, 2) for peer in ("kit", "original", "trainer")]
-    assert calls == done[:-1]
-    rest = Calls()
-    bench(rest, *flags)
-    assert rest == [done[-1]] + [("lora-predict", peer, number) for number in (1, 2) for peer in ("kit", "original")]
-
-
-def test_finished_cases_are_kept_unless_named_or_the_papers_change(bench, tmp_path):
-    only = ("--only", "lora", "--rounds", "1")
-    first = bench(Calls(), *only)
-    everything = Calls()
-    assert bench(everything, "--rounds", "1")["lora-train"] == first["lora-train"]
-    assert everything and not any(case.startswith("lora") for case, *_ in everything)
-    named, limited = Calls(), Calls()
-    bench(named, *only)
-    bench(limited, *only, "--limit", "5")
-    assert len(named) == len(limited) == 4
-
-
-def test_a_failed_peer_costs_only_its_own_runs(bench, tmp_path, capsys):
-    calls = Calls(fails=[("lora-train", "trainer", 1)])
-    with pytest.raises(SystemExit, match="1 runs failed"):
-        bench(calls, "--only", "lora", "--rounds", "1")
-    assert len(calls) == 4 and "trainer failed in round 1: no memory" in capsys.readouterr().err
-    again = Calls()
-    bench(again, "--only", "lora-train", "--rounds", "1")
-    assert again == [("lora-train", "trainer", 1)]
-
-
-def test_a_peer_that_is_not_installed_is_left_out(bench, monkeypatch, capsys):
-    monkeypatch.setattr(run, "NEEDS", {"keybert": "no_such_module", "yake": "json"})
-    calls = Calls()
-    results = bench(calls, "--only", "keywords", "--rounds", "1")
-    assert "keybert" not in results["keywords"]["runs"] and ("keywords", "yake", 1) in calls
-    assert "keybert left out" in capsys.readouterr().err
-    assert "Not run: KeyBERT" in tables.blocks(results, 0)["keywords"]
-
-
-def test_papers_asked_for_are_not_learned_from(monkeypatch):
-    import papers
-
-    args = run.argparse.Namespace(train=SAMPLE / "train.csv", test=SAMPLE / "test.csv", round=1)
-    drawn = papers.draw(args)
-    assert not set(drawn.learn["title"]) & set(drawn.asked["title"][~drawn.is_test])
-    assert len(drawn.learn) + sum(~drawn.is_test) == 120 and sum(drawn.is_test) == 40
-    assert drawn.fields == ["title", "author", "abstract"] and "label" not in drawn.asked
-    values = papers.judge(drawn, drawn.labels)
-    assert values["accuracy"] == values["held_out_f1"] == 1
-    args.round = 2
-    assert set(papers.draw(args).learn["uuid"]) != set(drawn.learn["uuid"])
-
-
-def test_wrong_flags_and_files_are_refused(tmp_path):
-    for flags, word in (
-        (["--only", "birds"], "birds"),
-        (["--train", "none.csv"], "none.csv"),
-        (["--rounds", "0"], "0"),
-    ):
-        command = [sys.executable, KIT / "benchmarks" / "run.py", "--results", tmp_path / "r.json", *flags]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 2 and word in done.stderr and "Traceback" not in done.stderr
+@pytest.mark.parametrize("flags, word", [(["--only", "birds"], "birds"), (["--data", "none"], "none"),
+                                         (["--rounds", "0"], "0")])  # fmt: skip
+def test_wrong_flags_and_files_are_refused(tmp_path, flags, word):
+    done = start(tmp_path / "b.md", *flags)
+    assert done.returncode == 2 and word in done.stderr and "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
-def test_a_real_run(tmp_path):
-    """The cases and peers of the tables are those of the modules, and one of them runs from its command line."""
-    for case, (module, _, _) in run.CASES.items():
-        assert set(importlib.import_module(module).CASES[case]) == set(tables.PEERS[case])
-    command = [sys.executable, KIT / "benchmarks" / "run.py", "--results", tmp_path / "r.json", "--rounds", "1"]
-    command += ["--limit", "24", "--only", "ablation-baseline"]
-    done = subprocess.run(command, capture_output=True, text=True)
+@pytest.mark.parametrize("name", [name for name in run.GROUPS if name != "words"])
+def test_every_group_runs_on_a_handful_of_papers(tmp_path, name):
+    limit = 24 if name in ("ablation-words", "keywords") else 8  # for five folds
+    done = start(tmp_path / "b.md", "--only", name, "--limit", limit)
     assert done.returncode == 0, done.stderr
-    runs = json.loads((tmp_path / "r.json").read_text())["ablation-baseline"]["runs"]
-    assert runs["kit"][0]["fields"] == ["title", "author", "abstract"] and runs["kit"][0]["peak_memory_mb"] > 10
-    assert runs["no-author"][0]["accuracy"] is not None
+    text = Path(tmp_path / "b.md").read_text()
+    for row in run.GROUPS[name].rows:
+        assert f"| {row.name} |" in text or f"{row.name}: not installed" in text

@@ -7,8 +7,8 @@ import pytest
 
 import common
 import extract_keywords as keywords
-from lib import phrases, ranker
-from lib.results import read_keywords
+from lib import candidates, casing, ranker
+from lib.results import board_estimate, choose_keywords, read_keywords, write_submission
 
 HEADER = ["uuid", "title", "abstract", "Keywords"]
 
@@ -18,10 +18,16 @@ def rows(folder, name="outputs/keywords/test.csv"):
         return list(csv.DictReader(file))
 
 
+def build(train):
+    """The corpus of training papers alone."""
+    return ranker.build_corpus(train, train.head(0), [candidates.split_keywords(cell) for cell in train["Keywords"]])
+
+
 @pytest.fixture
 def few_trees(monkeypatch):
     """Fewer and smaller models: what these tests assert holds for any."""
-    monkeypatch.setattr(ranker, "TREES", ranker.TREES | {"max_iter": 12})
+    for module in (ranker, casing):
+        monkeypatch.setattr(module, "TREES", module.TREES | {"max_iter": 12})
 
 
 @pytest.fixture
@@ -39,30 +45,46 @@ def small(few_trees, write_csv):
         ("1,2-Dicarbonylation; a, b", ["1,2-dicarbonylation", "a, b"]),
         ("rubella, measles, Vietnam.", ["rubella", "measles", "vietnam"]),
         ("SPIRAL INDUCTOR", ["spiral inductor"]),
+        ("['Deep learning', \"Crohn's disease\"]", ["deep learning", "crohn's disease"]),
+        ('["a, b", "c"]', ["a, b", "c"]),
+        ("[18F]FDG; PET [review]", ["[18f]fdg", "pet [review]"]),
         (" . ; ", []),
         ("", []),
     ],
 )
 def test_split_keywords(cell, keywords_in_it):
-    assert list(phrases.split_keywords(cell)) == keywords_in_it
+    assert list(candidates.split_keywords(cell)) == keywords_in_it
+
+
+LISTS = [["TCP/IP", "edge computing", "5G"], ["deep learning", "1,2-dichloroethane"], ["solar cell", "N-doped carbon"]]
+
+
+@pytest.mark.parametrize("mark", [";", "; ", "；", ",", ", ", "，", "、", "|", " | ", " / ", " · ", "\n"])
+def test_finds_the_separator_of_a_column(mark):
+    cells = [mark.join(words) for words in LISTS] + [""]
+    separator = candidates.find_separator(cells)
+    assert [candidates.split_cell(cell, separator) for cell in cells] == [*LISTS, []]
+
+
+def test_a_slash_separates_only_where_nothing_else_does():
+    assert candidates.find_separator(["a/b", "deep learning/cnn"]) == "/"
+    assert candidates.find_separator(["TCP/IP; a", "b; and/or"]) == ";"
+    assert candidates.find_separator(["a whole sentence without any mark in it", "one more"]) is None
 
 
 @pytest.mark.parametrize("a, b", [("neural networks", "neural network"), ("t-cells", "t cell"), ("art (x)", "art")])
 def test_variants_have_one_stem(a, b):
-    assert phrases.stem(a) == phrases.stem(b)
+    assert candidates.stem(a) == candidates.stem(b)
 
 
 def test_candidates_cross_no_punctuation_and_begin_and_end_with_no_stop_word():
-    papers = {
-        "title": ["Growth of E. coli in milk"],
-        "abstract": ["The cell wall, for IL-6 and growth of cells (COVID-19)."],
-    }
-    found = phrases.find_candidates(papers, 1)
+    abstract = "The cell wall, for IL-6 and growth of cells (COVID-19)."
+    found = candidates.find_candidates(["Growth of E. coli in milk"], [abstract], 1)
     names = {found.phrases[i] for i in found.phrase}
     assert {"e. coli", "cell wall", "il-6", "growth of cells", "covid-19", "growth", "milk"} <= names
     assert not {"of", "the cell", "wall for", "milk the", "milk the cell", "cells covid-19"} & names
-    places = [found.text.word[i] for i in found.first]
-    assert places == [found.text.words.index(found.phrases[i].split()[0]) for i in found.phrase]
+    assert [found.words[i] for i in found.head] == [found.phrases[i].split()[0] for i in found.phrase]
+    assert [written.lower() for written in found.written] == [found.phrases[i] for i in found.phrase]
 
 
 def test_rates_never_see_the_own_fold():
@@ -86,10 +108,11 @@ def test_own_keywords_change_no_feature_of_a_paper():
     folds = np.arange(30) % 6
     kept = []
     for papers in (train, other):
-        corpus = ranker.build_corpus(papers, papers.head(0))
-        features, paper, phrase, _ = ranker.add_learned(corpus, folds)
-        names = [corpus.phrases[i] for i in phrase[paper == 3]]
-        kept.append(pd.DataFrame({n: v[paper == 3] for n, v in features.items()}, index=names))
+        corpus = build(papers)
+        view = ranker.look(corpus, folds)
+        own = view.paper == 3
+        names = [corpus.phrases[i] for i in view.phrase[own]]
+        kept.append(pd.DataFrame({n: v[own] for n, v in ranker.make_features(view).items()}, index=names))
     a, b = kept
     assert list(a.index) == list(b.index)
     for name in a:
@@ -97,7 +120,7 @@ def test_own_keywords_change_no_feature_of_a_paper():
 
 
 def test_every_partition_holds_out_each_labelled_paper_once():
-    partitions = keywords.part(np.array([0, 2, 3, 5, 6, 7]), 8, 3, seed=1)
+    partitions = keywords.draw_partitions(np.array([0, 2, 3, 5, 6, 7]), 8, 3, seed=1)
     for folds in partitions:
         assert folds[[1, 4]].tolist() == [-1, -1] and np.bincount(folds[folds >= 0]).tolist() == [2, 2, 2]
     assert len(np.unique(partitions, axis=0)) > 1
@@ -106,7 +129,7 @@ def test_every_partition_holds_out_each_labelled_paper_once():
 def test_ratings_are_the_mean_over_partitions(few_trees):
     """A keyword that is a candidate in one partition alone counts as 0 in the other."""
     train = common.read_papers(common.HERE / "data" / "sample" / "train.csv")
-    corpus = ranker.build_corpus(train, train.head(0))
+    corpus = build(train)
     paper = np.arange(len(train))
     partitions, asked = np.array([paper % 3, paper // 2 % 3]), np.zeros(len(train), dtype=bool)
     once = [ranker.rate_once(corpus, folds, asked, 3 * i) for i, folds in enumerate(partitions)]
@@ -123,6 +146,45 @@ def test_scores():
     assert values["macro_f1"] == 0.2 and values["stemmed_f1"] == 0.571429
 
 
+def test_cased_recall_and_board_estimate():
+    """By hand: 1 of 2 and 1 of 1 are found, so recall is 0.75; 0.4 x 0.9 + 0.6 x 0.75 = 0.81."""
+    lists, true = [["DNA", "rna"], ["cell", "Cell"]], [["RNA", "DNA"], ["Cell"]]
+    assert keywords.cased_recall(lists, true, 40) == 0.75
+    assert keywords.cased_recall(lists, true, 1) == 0.25
+    assert board_estimate(0.9, 0.75) == pytest.approx(0.81)
+
+
+def own_phrases(train):
+    """A corpus, and as rated candidates the phrases that are its papers' own keywords."""
+    corpus = build(train)
+    paper, phrase = corpus.keywords.nonzero()
+    return corpus, (paper, phrase, np.full(len(paper), 0.5))
+
+
+def test_casing_is_learned_from_other_papers():
+    """Two journals: one capitalises titles and keywords, the other one neither."""
+    texts = [("Growth of Milk Cells", "Milk cells"), ("growth of milk cells", "milk cells")] * 60
+    rows = [[str(i), title, f"About {title}.", f"{words}; {words} {i}"] for i, (title, words) in enumerate(texts)]
+    train = pd.DataFrame(rows, columns=HEADER)
+    lists = casing.list_entries(*own_phrases(train), np.arange(len(train)) % 5, [*train["title"]])
+    for paper, (_, words) in enumerate(texts):
+        assert [*lists[paper]][0] == words and {"Milk cells", "milk cells"} <= set(lists[paper])
+
+
+def test_own_casing_changes_no_feature_of_a_papers_entries():
+    train = common.read_papers(common.HERE / "data" / "sample" / "train.csv").head(30)
+    other = train.copy()
+    other.loc[3, "Keywords"] = train["Keywords"][3].swapcase()
+    seen = []
+    for papers in (train, other):
+        corpus, rated = own_phrases(papers)
+        of, ways, x, hit = casing.describe_entries(corpus, rated, np.arange(30) % 6, [*papers["title"]])
+        own = rated[0][of] == 3
+        seen.append((np.array(ways)[own].tolist(), x[own].tolist(), hit[own].tolist(), x[~own].tolist()))
+    before, after = seen
+    assert before[:2] == after[:2] and before[2] != after[2] and before[3] != after[3]
+
+
 def test_writes_keywords_that_the_submission_takes(kit, tmp_path, small):
     done = kit("extract_keywords.py", "--train", small)
     assert done.returncode == 0, done.stderr
@@ -134,8 +196,41 @@ def test_writes_keywords_that_the_submission_takes(kit, tmp_path, small):
         assert 1 <= len(words) <= 30 and len(set(words)) == len(words) and all(word.strip() for word in words)
     metrics = json.loads((tmp_path / "outputs/keywords/metrics.json").read_text(encoding="utf-8"))
     assert set(metrics["scores"]) >= {"precision", "recall", "f1", "macro_f1", "f1_at_5", "f1_at_10", "stemmed_f1"}
-    picked = read_keywords(tmp_path / "outputs/keywords", test)
-    assert list(picked) == [row["Keywords"] for row in cells]
+    assert [*read_keywords(tmp_path / "outputs/keywords", test, "reader")] == [row["Keywords"] for row in cells]
+    board = [row["Keywords"] for row in rows(tmp_path, "outputs/keywords/board.csv")]
+    assert [*read_keywords(tmp_path / "outputs/keywords", test)] == board
+    for cell, row in zip(board, cells):
+        entries = cell.split("; ")
+        assert len(set(entries)) == len(entries) == 40
+        assert {word.lower() for word in row["Keywords"].split("; ")} <= {entry.lower() for entry in entries}
+    scores = metrics["scores"]
+    assert scores["cased_recall_at_10"] <= scores["cased_recall_at_20"] <= scores["cased_recall_at_40"]
+
+
+def test_a_submission_takes_the_board_list_unless_told_otherwise(tmp_path, papers, capsys):
+    """The test file's own keywords go first, but not placeholders; each time a line says what went in."""
+    test = papers[1].drop(columns="Keywords", errors="ignore").head(3)
+    folder = tmp_path / "keywords"
+    folder.mkdir()
+    record = {"papers": {"test_fingerprint": common.fingerprint(test)}, "scores": {}}
+    (folder / "metrics.json").write_text(json.dumps(record))
+    for name in ("board", "test"):
+        pd.DataFrame({"uuid": test["uuid"], "Keywords": f"from {name}"}).to_csv(folder / f"{name}.csv", index=False)
+
+    def submitted(frame, *wanted):
+        write_submission(tmp_path / "s.csv", frame, [0, 1, 0], tmp_path, *wanted)
+        return rows(tmp_path, "s.csv")[0]["Keywords"], capsys.readouterr().err
+
+    for wanted, name in (((), "board"), (("board",), "board"), (("reader",), "test")):
+        cell, line = submitted(test, *wanted)
+        assert cell == f"from {name}" and f"{name}.csv" in line and line.count("\n") == 1
+    filled = test.assign(Keywords=["true; keywords", "", "-"])
+    cell, line = submitted(filled)
+    assert cell == "true; keywords" and "the test file" in line
+    cells, source = choose_keywords(test, tmp_path / "nothing")
+    assert [*cells] == [*test["title"]] and "titles" in source
+    (folder / "metrics.json").write_text(json.dumps({"papers": {"test_fingerprint": "other"}, "scores": {}}))
+    assert submitted(test)[0] == test["title"].iloc[0]
 
 
 def test_a_papers_keywords_do_not_depend_on_the_other_test_papers(kit, tmp_path, small, write_csv):
@@ -144,7 +239,8 @@ def test_a_papers_keywords_do_not_depend_on_the_other_test_papers(kit, tmp_path,
     for chosen in (test[:12], test[5:12][::-1], test[7:8]):
         done = kit("extract_keywords.py", "--train", small, "--test", write_csv("test.csv", [HEADER[:3], *chosen]))
         assert done.returncode == 0, done.stderr
-        results.append({row["uuid"]: row["Keywords"] for row in rows(tmp_path)})
+        both = zip(rows(tmp_path), rows(tmp_path, "outputs/keywords/board.csv"))
+        results.append({row["uuid"]: (row["Keywords"], board["Keywords"]) for row, board in both})
     for fewer in results[1:]:
         assert fewer == {uuid: results[0][uuid] for uuid in fewer}
 
@@ -175,6 +271,7 @@ def test_odd_papers_and_few_keywords(kit, tmp_path, small, write_csv, labelled):
     for row in rows(tmp_path):
         words = row["Keywords"].split("; ")
         assert 1 <= len(words) <= 30 and all(word.strip() for word in words)
+    assert "Chinese" in done.stderr and "分类" not in (tmp_path / "submit_task2.csv").read_text(encoding="utf-8")
 
 
 def test_keywords_that_stand_in_no_text(kit, tmp_path, small, write_csv):
@@ -205,8 +302,9 @@ def test_top_gives_that_many(kit, tmp_path, small):
 def test_refuses_a_train_file_without_keywords(refused, small, write_csv):
     train = common.read_papers(small)[HEADER[:3]].values.tolist()
     refused("extract_keywords.py", "--train", write_csv("no.csv", [HEADER[:3], *train]), words=["no.csv", "Keywords"])
-    empty = write_csv("empty.csv", [HEADER, *([*row, ""] for row in train)])
-    refused("extract_keywords.py", "--train", empty, words=["empty.csv", "Keywords", "empty"])
+    for placeholder in ("", "nan", "None", "-", "tmp"):
+        empty = write_csv("empty.csv", [HEADER, *([*row, placeholder] for row in train)])
+        refused("extract_keywords.py", "--train", empty, words=["empty.csv", "Keywords", "empty"])
 
 
 @pytest.mark.parametrize("flags", [("--top", "31"), ("--top", "0"), ("--folds", "1")])
@@ -224,7 +322,7 @@ def test_out_of_fold_and_unseen_agree(kit, tmp_path):
     assert done.returncode == 0, done.stderr
     metrics = json.loads((tmp_path / "outputs/keywords/metrics.json").read_text(encoding="utf-8"))
     lists = [
-        [list(phrases.split_keywords(c)) for c in cells]
+        [list(candidates.split_keywords(c)) for c in cells]
         for cells in ([row["Keywords"] for row in rows(tmp_path)], sample[::4]["Keywords"])
     ]
     unseen = keywords.score_keywords(*lists)["f1"]

@@ -202,6 +202,7 @@ def link_to_nothing(kit, tmp_path):
 
 def upgrade(kit, tmp_path):
     write_interpreter(kit / ".venv" / "bin" / "python", "3 12 /usr")
+    return {"PYTHON": None}
 
 
 def age(kit, tmp_path):
@@ -283,7 +284,8 @@ def test_what_a_shell_or_a_cluster_left_behind(shell):
 
 
 def test_cdpath(shell):
-    done = shell("baseline", path=Path("..") / "a kit é" / "run.sh", CDPATH="..:/tmp")
+    (shell.folder.with_name("elsewhere") / "link").symlink_to(shell.kit)
+    done = shell("baseline", path="link/run.sh", CDPATH=".:/tmp")
     assert done.returncode == 0 and shell.log("scripts") == ["baseline.py"]
 
 

@@ -1,0 +1,234 @@
+"""The Keywords column, the phrases of a paper that could be keywords, and their features that need no keywords.
+
+    separator = find_separator(cells)                  # ";", found once for the whole column
+    split_keywords("Deep learning; CNN.", separator)   # {"deep learning": "Deep learning", "cnn": "CNN"}
+    found = find_candidates(titles, abstracts, train)  # Candidates: phrases of 1 to 5 words
+
+To add a feature, add a line to describe(). benchmarks/keyword_features.py says what it is worth.
+"""
+
+import ast
+import re
+from array import array
+from collections import defaultdict
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
+
+LONGEST = 5  # words a phrase
+WORD = re.compile(r"([A-Z]\.(?= [a-z])|\w+(?:[-‐‑–'’.+_]\w+)*\+*)")  # one word: "E." of "E. coli", "IL-6", "PM2.5"
+CHINESE = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]")  # written without blanks, so a "word" is a whole clause
+TERMS = (  # words that scikit-learn takes for stop words, but that occur at the ends of keywords
+    "system fire mine mill bill cry thick thin interest amount half part side back front top bottom full name con de co"
+)
+STOP = (ENGLISH_STOP_WORDS - set(TERMS.split())) | {"e.g", "i.e", "using", "based", "used", "use"}
+SEPARATORS = {  # by name, the likeliest first; no comma between digits parts keywords ("1,2-dichloroethane")
+    ";": "[;；]", "line break": "\n", ", ": "[,，] ", ",": r"[,，](?!\d)|(?<!\d)[,，]", "、": "、", "|": r"\|",
+    " / ": " / ", "/": "/", "·": "·",
+}  # fmt: skip
+
+
+# ---- keywords --------------------------------------------------------------------------------------------------------
+
+
+def normalise(keyword):
+    """The form in which keywords are compared: lower case, single blanks, no period at the end."""
+    return " ".join(keyword.lower().split()).rstrip(". ")
+
+
+def split_cell(cell, separator=";"):
+    """The keywords of a cell as written: "Deep learning; CNN." -> ["Deep learning", "CNN"]. A cell may also be a Python
+    or JSON list. Where the separator does not occur, a comma and a blank separate keywords.
+    """
+    parts = None
+    if cell.startswith("[") and cell.endswith("]"):
+        with suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+            parts = [str(part) for part in ast.literal_eval(cell)]
+    if parts is None:
+        pattern = SEPARATORS[separator]
+        parts = re.split(pattern if re.search(pattern, cell) else ", ", cell)
+    return [part.strip().rstrip(". ") for part in parts if normalise(part)]
+
+
+def split_keywords(cell, separator=";"):
+    """The different keywords of a cell, in its order: {normalised: as written}."""
+    written = {}
+    for keyword in split_cell(cell, separator):
+        written.setdefault(normalise(keyword), keyword)
+    return written
+
+
+def find_separator(cells):
+    """What separates the keywords of a column: the one that cuts most cells into phrases of 1 to 5 words. Returns a key
+    of SEPARATORS, None if none of them cuts one cell in ten.
+    """
+    cells = [cell for cell in cells if cell]
+    fitting = dict.fromkeys(SEPARATORS, 0)
+    for name in SEPARATORS:
+        for cell in cells:
+            parts = split_cell(cell, name) if re.search(SEPARATORS[name], cell) or cell.startswith("[") else [cell]
+            words = sum(len(part.split()) for part in parts)
+            fitting[name] += len(parts) > 1 and words <= LONGEST * len(parts)
+    best = max(SEPARATORS, key=fitting.get)
+    return best if fitting[best] > 0.1 * len(cells) else None
+
+
+@cache
+def stem_word(word):
+    """Singular of a plural, roughly; parts of a compound become words: 'studies' -> 'study', 'T-cells' -> 'T cell'."""
+    if "-" in word.strip("-"):
+        return " ".join(map(stem_word, filter(None, word.split("-"))))
+    if len(word) > 4 and word.endswith("ies"):
+        return word[:-3] + "y"
+    return word[:-1] if len(word) > 3 and word.endswith("s") and word[-2] not in "sui" else word
+
+
+def stem(phrase):
+    """What singular and plural, hyphen and blank, 'A (B)' and 'A' have in common."""
+    if phrase.endswith(")"):
+        phrase = re.sub(r"\s*\([^()]*\)$", "", phrase) or phrase
+    return " ".join(map(stem_word, phrase.split(" ")))
+
+
+# ---- candidates ------------------------------------------------------------------------------------------------------
+
+
+class Word(NamedTuple):
+    written: str  # as the paper writes it
+    lower: str
+    gap: str  # what stands before it: "" at the start of title or abstract, " ", or the last punctuation mark
+    title: bool  # it is in the title
+
+
+END = Word("", "", "", False)
+
+
+@dataclass
+class Candidates:
+    """The candidate phrases of all papers, by paper and place."""
+
+    train: int  # how many papers, the first ones, are of train: no other paper may count for a test paper
+    phrases: list  # the different phrases
+    words: list  # the different words and gaps
+    paper: np.ndarray  # [candidates]
+    phrase: np.ndarray  # [candidates]: index into phrases
+    head: np.ndarray  # [candidates]: first word, index into words
+    tail: np.ndarray  # [candidates]: last word
+    written: list  # [candidates]: as the paper writes it where it last occurs, inside a sentence if it does
+    features: dict  # {name: array [candidates]}
+    of: np.ndarray  # [occurrences]: whose, index of the candidate
+    left: np.ndarray  # [occurrences]: word or, where it is not a blank, gap before it; index into words
+    right: np.ndarray  # [occurrences]: word or gap behind it
+
+
+def read_words(text, title):
+    """The words of a title or an abstract, a list of Word."""
+    parts, words = WORD.split(text), []  # gap, word, gap, …, word, gap
+    for gap, written in zip(parts[::2], parts[1::2]):
+        mark = gap.strip()[-1:] or (" " if words else "")
+        words.append(Word(written, written.lower(), mark, title))
+    return words
+
+
+def find_phrases(words):
+    """Phrases of up to LONGEST words that cross no punctuation, neither begin nor end with a stop word and do not begin
+    with a number: {phrase: its places, a list of (first word, last word)}.
+    """
+    phrases = {}
+    stop = [word.lower in STOP or bool(CHINESE.search(word.lower)) for word in words]
+    for first, word in enumerate(words[:-1]):
+        if stop[first] or word.lower.replace(".", "").isdigit():
+            continue
+        phrase = word.lower
+        for last in range(first, min(first + LONGEST, len(words) - 1)):
+            if last > first:
+                if words[last].gap != " ":
+                    break
+                phrase = f"{phrase} {words[last].lower}"
+            if not stop[last]:
+                phrases.setdefault(phrase, []).append((first, last))
+    return phrases
+
+
+def sides(words, first, last):
+    """The words beside a place, or the gaps where these are not a blank: (left, right)."""
+    left = words[first - 1].lower if words[first].gap == " " else words[first].gap
+    right = words[last + 1].lower if words[last + 1].gap == " " else words[last + 1].gap
+    return left, right
+
+
+@cache
+def is_open(side):
+    """Whether what stands beside a phrase is a stop word, punctuation or nothing."""
+    return side in STOP or not re.search(r"\w", side)
+
+
+def is_likely(words, places, beside):
+    """False for what hardly ever is a keyword: of what occurs once and not in the title, phrases of four words and
+    more, and those of one and three that are part of a longer one.
+    """
+    first, last = places[0]
+    alone = any(is_open(left) and is_open(right) for left, right in beside)
+    return len(places) > 1 or words[first].title or last == first + 1 or (alone and last < first + 3)
+
+
+def find_candidates(titles, abstracts, train):
+    """The phrases of papers (two lists of str) that could be keywords, as Candidates. The first `train` papers are of
+    train.
+    """
+    phrases, numbers, written, rows, occurrences, features = {}, {}, [], [], [], defaultdict(lambda: array("f"))
+    for paper, (title, abstract) in enumerate(zip(titles, abstracts)):
+        words = [*read_words(title, True), *read_words(abstract, False), END]
+        for phrase, places in find_phrases(words).items():
+            beside = [sides(words, *place) for place in places]
+            if not is_likely(words, places, beside):
+                continue
+            for left, right in beside:
+                ends = [numbers.setdefault(word, len(numbers)) for word in (left, right)]
+                occurrences.append((len(rows), *ends))
+            first, last = places[0]
+            ends = [numbers.setdefault(words[place].lower, len(numbers)) for place in (first, last)]
+            rows.append((paper, phrases.setdefault(phrase, len(phrases)), *ends))
+            inside = [place for place in places if words[place[0]].gap not in ("", ".")]
+            first, last = (inside or places)[-1]
+            written.append(" ".join([word.written for word in words[first : last + 1]]))
+            for name, value in describe(phrase, [words[first] for first, _ in places], beside).items():
+                features[name].append(value)
+    paper, phrase, head, tail = np.array(rows, dtype=np.int64).reshape(-1, 4).T
+    of, left, right = np.array(occurrences, dtype=np.int64).reshape(-1, 3).T
+    features = {name: np.array(values, dtype=np.float32) for name, values in features.items()}
+    return Candidates(
+        train, [*phrases], [*numbers], paper, phrase, head, tail, written, features, of, left, right
+    )  # fmt: skip
+
+
+def describe(phrase, starts, beside):
+    """The features of a phrase that need no keywords: {name: number}. starts: its first Word at each of its places;
+    beside: at each of them (left, right), see sides().
+    """
+    words, tf = phrase.split(" "), len(starts)
+    open_left, open_right = [is_open(left) for left, _ in beside], [is_open(right) for _, right in beside]
+    alone = sum(left and right for left, right in zip(open_left, open_right))
+    return {
+        "words": len(words),
+        "letters": len(phrase),
+        "letters_first": len(words[0]),
+        "letters_last": len(words[-1]),
+        "upper": sum(word.written[1:] != word.lower[1:] for word in starts) / tf,
+        "hyphens": phrase.count("-"),
+        "digits": sum(map(str.isdigit, phrase)),
+        "stop_words": sum(word in STOP for word in words),
+        "tf": tf,
+        "title": sum(word.title for word in starts),
+        "open_left": sum(open_left) / tf,
+        "open_right": sum(open_right) / tf,
+        "alone": alone / tf,
+        "alone_count": alone,
+        "different_left": len({left for left, _ in beside}) / tf,
+        "different_right": len({right for _, right in beside}) / tf,
+        "before_bracket": sum(right == "(" for _, right in beside) / tf,
+    }
