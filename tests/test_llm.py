@@ -314,6 +314,7 @@ def test_lora(kit, finished, lora, tiny_llm):
     metrics = json.loads((lora / "metrics.json").read_text())
     assert metrics["fields"] == ["title"] and metrics["train_papers_per_second"] > 0
     assert "12 held out" in done.stdout and "40 test papers" in done.stdout
+    assert np.isclose(log["log_loss"], metrics["scores"]["log_loss"], atol=1e-4).any(), "the papers it was chosen by"
     check_adapter(lora, tiny_llm)
     assert kit("blend.py", "--fields", "title").returncode == 0
 
