@@ -179,15 +179,18 @@ def step_advice(args, processes=1):
 
 @contextmanager
 def resumable(how="the same command with --resume goes on"):
-    """Say how to go on after Ctrl-C, and after the death of another process of the run."""
+    """Say how to go on after Ctrl-C and after the death of another process; and what several processes can't train."""
     try:
         yield
     except KeyboardInterrupt:
         raise KeyboardInterrupt(how) from None
     except RuntimeError as error:
-        if "by peer" not in str(error):  # connection closed or reset by peer
-            raise
-        raise InputError(f"another process of this run died; {how}") from None
+        if "by peer" in str(error):  # connection closed or reset by peer
+            raise InputError(f"another process of this run died; {how}") from None
+        if "Expected to have finished reduction" in str(error):
+            raise InputError("--model has weights that its output doesn't depend on, so several GPUs can't train it: "
+                             "use one, CUDA_VISIBLE_DEVICES=0, or another --model") from None  # fmt: skip
+        raise
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
@@ -303,6 +306,7 @@ class Run:
     stepper: object = None
     saved: float = field(default_factory=time.perf_counter)  # when the last checkpoint was written
     timed: bool = False  # whether the log says how long it will take
+    skipped: object = 0  # int or tensor, steps since the last meeting whose gradients overflowed in fp16
 
     def batches(self, epoch):
         lengths = [len(paper["input_ids"]) for paper in self.train]
@@ -343,6 +347,8 @@ def fit(accelerator, model, task, train, held_out, folder, args, settings, shape
         f"{args.batch_size}; {trained:,} weights; {describe(accelerator)}")  # fmt: skip
     if state["epoch"] or state["batch"]:
         log(f"resumed after {state['epoch']} epochs and {state['batch']} steps")
+    if accelerator.device.type == "cuda" and not state["finished"]:
+        try_largest(run)
     while not state["finished"]:
         train_epoch(run)
         score_epoch(run)
@@ -376,7 +382,7 @@ def start_state(model, optimizer, folder, args, settings):
     """
     state = read_state(folder / LAST) if args.resume else None
     if state is None:
-        counts = {"epoch": 0, "batch": 0, "loss": 0.0, "seconds": 0.0, "papers": 0}
+        counts = {"epoch": 0, "batch": 0, "loss": 0.0, "skipped": 0, "seconds": 0.0, "papers": 0}
         learned = {"checked": [0, 0.0], "passed": 0, "cool": None, "stop": None}  # see check_learned
         return {"settings": settings, **counts, **learned, "history": [], "scaler": None, "finished": False}
     if state["settings"] != settings:
@@ -385,6 +391,37 @@ def start_state(model, optimizer, folder, args, settings):
                          "or leave --resume out")  # fmt: skip
     load_state(folder / LAST, model, optimizer)
     return state
+
+
+def largest_piece(run):
+    """The piece of a batch that needs most memory in any epoch: int array of papers."""
+    lengths, pieces = np.array([len(paper["input_ids"]) for paper in run.train]), []
+    for epoch in range(1, run.args.epochs + 1):
+        for batch in run.batches(epoch):
+            pieces += np.array_split(batch, run.args.accumulate * run.accelerator.num_processes)
+    return max(pieces, key=lambda piece: len(piece) * lengths[piece].max(initial=0))
+
+
+def try_largest(run):
+    """Compute the largest piece, forward and backward, and drop its gradients: what doesn't fit into the memory, or
+    overflows in fp16, is said before the first step and not after an hour. Changes nothing that a checkpoint holds.
+    """
+    accelerator, piece = run.accelerator, largest_piece(run)
+    run.model.train()
+    torch.manual_seed(run.args.seed)
+    with step_advice(run.args, accelerator.num_processes):
+        loss = run.task.losses(run.parallel, [run.train[i] for i in piece]).sum()
+        accelerator.backward(loss)
+    run.stepper.zero_grad()
+    if not math.isfinite(loss.item()):
+        raise InputError(f"the loss is {loss.item()} before the first step: {overflow_advice(run)}")
+
+
+def overflow_advice(run):
+    """What to try when the loss isn't a number. With fp16 the forward pass overflows: no learning rate cures that."""
+    if run.accelerator.scaler:
+        return "numbers overflow in fp16: try --precision fp32, or bf16 on a newer GPU, or another --model"
+    return f"try --lr {run.args.lr / 3:.1e}"
 
 
 def train_epoch(run):
@@ -464,12 +501,13 @@ def train_step(run, batch, step, steps):
     for i in range(rank, pieces, processes):
         # Every process must take part in each backward pass: without a paper of its own, with one that counts nothing.
         piece, counts = (parts[i], 1) if len(parts[i]) else (batch[:1], 0)
+        weights = gpu.to_device(torch.tensor(counts * run.weights[piece], dtype=torch.float32), accelerator.device)
         with nullcontext() if i + processes >= pieces else accelerator.no_sync(run.parallel):
-            losses = run.task.losses(run.parallel, [run.train[j] for j in piece])
-            loss = counts * (losses * losses.new_tensor(run.weights[piece])).sum()
+            loss = (run.task.losses(run.parallel, [run.train[j] for j in piece]) * weights).sum()
             accelerator.backward(loss * processes / len(batch))  # gradients are averaged over processes
         total += loss.detach()
-    accelerator.clip_grad_norm_([w for group in run.optimizer.param_groups for w in group["params"]], 1.0)
+    norm = accelerator.clip_grad_norm_([w for group in run.optimizer.param_groups for w in group["params"]], 1.0)
+    run.skipped = run.skipped + ~torch.isfinite(norm)  # with fp16 the scaler skips such a step
     run.stepper.step()
     run.stepper.zero_grad()
     return total
@@ -480,11 +518,14 @@ def meet(run, total):
     whether a checkpoint is due, which is returned.
     """
     overdue = run.accelerator.is_main_process and time.perf_counter() - run.saved >= 60 * run.args.save_minutes
-    loss, overdue = run.accelerator.reduce(torch.stack([total, total.new_tensor(float(overdue))])).tolist()
+    told = torch.stack([total, total.new_tensor(float(overdue)), torch.as_tensor(run.skipped).to(total)])
+    loss, overdue, skipped = run.accelerator.reduce(told).tolist()
     total.zero_()
+    run.skipped = 0
     run.state["loss"] += loss
+    run.state["skipped"] += round(skipped / run.accelerator.num_processes)
     if not math.isfinite(loss):
-        raise InputError(f"the loss became NaN in epoch {run.state['epoch'] + 1}: try --lr {run.args.lr / 3:.1e}")
+        raise InputError(f"the loss became NaN in epoch {run.state['epoch'] + 1}: {overflow_advice(run)}")
     return overdue > 0
 
 
@@ -499,6 +540,14 @@ def rank_of(epoch):
     return epoch["f1"], -epoch["log_loss"]
 
 
+def tell_skipped(run):
+    """Say it if many steps of an epoch had no effect: with fp16 one whose gradients overflow is skipped."""
+    skipped, steps = run.state["skipped"], run.state["batch"]
+    if run.accelerator.scaler and skipped > 0.1 * steps:
+        log(f"{skipped} of {steps} steps had no effect, since gradients overflow in fp16: --precision fp32, or bf16 on "
+            "a newer GPU, learns from all")  # fmt: skip
+
+
 def score_epoch(run):
     """Score the held-out papers after an epoch, write the checkpoints, and decide whether training is over."""
     state, args = run.state, run.args
@@ -509,7 +558,8 @@ def score_epoch(run):
     better = rank_of(values) > max(map(rank_of, history), default=(-1, 0))
     history.append({"epoch": epoch, "train_loss": round(train_loss, 6), **values})
     best = max(range(len(history)), key=lambda i: rank_of(history[i]))
-    state |= {"epoch": epoch, "batch": 0, "loss": 0.0, "checked": [0, 0.0]}
+    tell_skipped(run)
+    state |= {"epoch": epoch, "batch": 0, "loss": 0.0, "skipped": 0, "checked": [0, 0.0]}
     state["finished"] = epoch == args.epochs or len(history) - 1 - best >= args.patience or state["stop"] is not None
     left = (args.epochs - epoch) * len(run.train) * state["seconds"] / state["papers"] / 60
     log(f"epoch {epoch}: train loss {train_loss:.4f}; {len(run.held_out)} held out: accuracy {values['accuracy']:.4f}, "

@@ -1,9 +1,12 @@
 """GPUs that aren't there: what the kit decides about cards, and 4-bit weights, which a CPU computes, too."""
 
 import pytest
+import test_training as loop
+import torch
+from accelerate.state import AcceleratorState
 
 from common import InputError
-from lib import gpu
+from lib import gpu, training
 
 CUDA_13 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"]
 CUDA_12 = ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"]
@@ -87,7 +90,97 @@ def test_the_script_says_it_unless_the_card_is_hidden(tmp_path, monkeypatch, cap
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    if gpu.torch.cuda.is_available():
+    if torch.cuda.is_available():
         pytest.skip("this machine has a GPU that torch can use")
     assert gpu.find_cards() == []
     assert ("NO GPU IS USED" in capsys.readouterr().err) == loud
+
+
+# ---- fp16, with scaled gradients on a CPU ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fp16(monkeypatch):
+    """training.make_accelerator gives what fp16 has with CUDA, autocast and a scaler of gradients, on a CPU."""
+    make = training.make_accelerator
+
+    def make_fp16(precision):
+        AcceleratorState._reset_state()
+        accelerator = make("bf16")
+        accelerator.state._mixed_precision = "fp16"
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+        return accelerator
+
+    monkeypatch.setattr(training, "make_accelerator", make_fp16)
+    yield
+    AcceleratorState._reset_state()
+
+
+def trying(monkeypatch):
+    """Let the loop try the largest piece before each epoch, as it does with CUDA before the first."""
+    train_epoch = training.train_epoch
+    monkeypatch.setattr(training, "train_epoch", lambda run: (training.try_largest(run), train_epoch(run)))
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_trying_the_largest_piece_changes_nothing(tmp_path, monkeypatch, accumulate):
+    sizes = []
+
+    def losses(model, papers):
+        sizes.append(len(papers) * max(len(paper["input_ids"]) for paper in papers))
+        return loop.losses(model, papers)
+
+    _, plain, _ = loop.fit(tmp_path / "plain", accumulate=accumulate)
+    trying(monkeypatch)
+    _, tried, _ = loop.fit(tmp_path / "tried", loop.make_task(losses=losses), accumulate=accumulate)
+    assert all(torch.equal(plain[name], tried[name]) for name in plain)
+    assert sizes[0] == max(sizes)
+
+
+def test_what_does_not_fit_is_said_before_the_first_step(tmp_path, monkeypatch):
+    trying(monkeypatch)
+    with pytest.raises(InputError, match="out of memory with 8 papers at a time: try --accumulate 2"):
+        loop.fit(tmp_path, loop.make_task(losses=loop.limited(loop.losses, 4)), accumulate=1)
+    assert not (tmp_path / "log.csv").exists()
+
+
+def test_fp16_resumed_is_uninterrupted(tmp_path, fp16):
+    """Gradients overflow at first: the scaler's state is kept, too."""
+    calls = []
+
+    def large(model, papers):
+        return loop.losses(model, papers) * 2000
+
+    def dying(model, papers):
+        calls.append(1)
+        if len(calls) == 15:
+            raise KeyboardInterrupt
+        return large(model, papers)
+
+    _, whole, _ = loop.fit(tmp_path / "whole", loop.make_task(losses=large))
+    with pytest.raises(KeyboardInterrupt):
+        loop.fit(tmp_path / "cut", loop.make_task(losses=dying), save_minutes=0)
+    state = training.read_state(tmp_path / "cut" / training.LAST)
+    assert state["scaler"]["scale"] < 2**16 and state["epoch"] == 1
+    _, resumed, _ = loop.fit(tmp_path / "cut", loop.make_task(losses=large), save_minutes=0, resume=True)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+@pytest.mark.parametrize(("factor", "told"), [(1, False), (1e9, True)])
+def test_fp16_counts_skipped_steps(tmp_path, fp16, capsys, factor, told):
+    loop.fit(tmp_path, loop.make_task(losses=lambda *data: loop.losses(*data) * factor), epochs=1)
+    assert ("steps had no effect, since gradients overflow" in capsys.readouterr().err) == told
+
+
+def test_fp16_is_tried_before_the_first_step(tmp_path, fp16, monkeypatch):
+    task = loop.make_task(losses=lambda *data: loop.losses(*data) * float("inf"))
+    with pytest.raises(InputError, match="became (inf|NaN) in epoch 1: numbers overflow in fp16: try --precision fp32"):
+        loop.fit(tmp_path, task)
+    trying(monkeypatch)
+    with pytest.raises(InputError, match="loss is inf before the first step: .* --precision fp32"):
+        loop.fit(tmp_path, task)
+
+
+def test_weights_without_use_are_a_line_with_several_gpus():
+    with pytest.raises(InputError, match="use one, CUDA_VISIBLE_DEVICES=0"), training.resumable():
+        raise RuntimeError("Expected to have finished reduction in the prior iteration before starting a new one.")
