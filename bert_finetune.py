@@ -98,11 +98,20 @@ def check_length(model, max_length):
         raise InputError(f"--max-length {max_length}: {model.name_or_path} reads 8 to {limit or 'any number'} tokens")
 
 
+def make_texts(papers, fields):
+    """One text per paper, with the names of its fields. Encoders drop blanks, so 'Ann Lee,Bo Chen' would look like one
+    author more of 'Lee, Ann': a comma without a blank after it becomes a bar.
+    """
+    if "author" in fields:
+        papers = papers.assign(author=papers["author"].str.replace(r",(?=\S)", " | ", regex=True))
+    return build_text(papers, fields, names=True)
+
+
 def encode(tokenizer, papers, fields, max_length):
     """Token ids of each paper, once for all epochs: a list of dicts with "input_ids" and, where known, "label". The
     abstract is the end of the text, so a paper that is too long loses the end of its abstract.
     """
-    texts = [hub.escape_special(tokenizer, text) for text in build_text(papers, fields, names=True)]
+    texts = [hub.escape_special(tokenizer, text) for text in make_texts(papers, fields)]
     ids = tokenizer(texts, truncation=True, max_length=max_length, return_attention_mask=False)["input_ids"]
     if "label" not in papers:
         return [{"input_ids": row} for row in ids]
