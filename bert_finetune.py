@@ -230,7 +230,7 @@ def parse_args():
     add = parser.add_argument_group("model").add_argument
     add("--model", default="auto", metavar="M", help=f"hub name, directory, 'embedded' (MiniLM), or 'auto': {AUTO} "
         "with CUDA, embedded without")  # fmt: skip
-    add("--max-length", type=positive_int, default=512, metavar="N", help="tokens a paper, default %(default)s")
+    add("--max-length", type=positive_int, default=192, metavar="N", help="tokens a paper, default %(default)s")
     add("--dropout", type=bounded(float, 0, 0.9), default=0.0, metavar="R", help="default 0; of the attention always 0")
     add("--short-copies", action=argparse.BooleanOptionalAction, default=True,
         help="also train on each paper without its abstract, and on its authors alone")  # fmt: skip
