@@ -191,7 +191,7 @@ def phrase_rates(view):
         ("tail_end", endings[found.tail], 20),
     ):
         features[f"rate_{name}"] = rates(keys, hits, folds, strength)
-    tf = found.features["tf"]
+    tf = np.bincount(found.of, minlength=len(found.paper))
     for name, keys in (("left", found.left), ("right", found.right)):  # the mean over all places
         features[f"rate_{name}"] = np.bincount(found.of, rates(keys, hits[found.of], folds[found.of], 10), len(tf)) / tf
     return features
@@ -212,7 +212,8 @@ def frequency(view):
     found = view.corpus.found
     train = found.paper < found.train
     others = np.bincount(found.phrase[train], minlength=len(found.phrases))[found.phrase] - train
-    return {"tf_idf": found.features["tf"] * np.log((found.train + 1) / (others + 1))}
+    tf = np.bincount(found.of, minlength=len(found.paper))
+    return {"tf_idf": tf * np.log((found.train + 1) / (others + 1))}
 
 
 FEATURES = (known_keywords, phrase_rates, word_rates, frequency)

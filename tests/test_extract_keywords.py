@@ -274,6 +274,16 @@ def test_odd_papers_and_few_keywords(kit, tmp_path, small, write_csv, labelled):
     assert "Chinese" in done.stderr and "分类" not in (tmp_path / "submit_task2.csv").read_text(encoding="utf-8")
 
 
+def test_chinese_papers_get_keywords_of_similar_papers_and_a_warning(kit, tmp_path, write_csv):
+    title = "基于深度学习的论文分类"
+    papers = [[str(i), title, f"本文提出一种方法{i}，用于分类。", f"深度学习; 分类; 方法{i}"] for i in range(20)]
+    done = kit("extract_keywords.py", "--train", write_csv("train.csv", [HEADER, *papers]),
+               "--test", write_csv("test.csv", [HEADER[:3], ["a", title, ""]]))  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "warning: 20 titles" in done.stderr
+    assert set(rows(tmp_path)[0]["Keywords"].split("; ")) <= {"深度学习", "分类"}
+
+
 def test_keywords_that_stand_in_no_text(kit, tmp_path, small, write_csv):
     train = common.read_papers(small)[HEADER]
     train["Keywords"] = [f"QQ{i}; (…)" for i in range(len(train))]
