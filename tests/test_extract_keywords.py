@@ -131,10 +131,10 @@ def test_ratings_are_the_mean_over_partitions(few_trees):
     train = common.read_papers(common.HERE / "data" / "sample" / "train.csv")
     corpus = build(train)
     paper = np.arange(len(train))
-    partitions, asked = np.array([paper % 3, paper // 2 % 3]), np.zeros(len(train), dtype=bool)
-    once = [ranker.rate_once(corpus, folds, asked, 3 * i) for i, folds in enumerate(partitions)]
+    partitions = np.array([paper % 3, paper // 2 % 3])
+    once = [ranker.rate_once(corpus, folds, 3 * i) for i, folds in enumerate(partitions)]
     first, second = ({(p, k): r for p, k, r in zip(*rated)} for rated in once)
-    mean = {(p, k): r for p, k, r in zip(*ranker.learn_and_rate(corpus, partitions, asked))}
+    mean = {(p, k): r for p, k, r in zip(*ranker.learn_and_rate(corpus, partitions))}
     assert set(first) != set(second) and set(mean) == set(first) | set(second)
     for key, rating in mean.items():
         assert np.isclose(rating, (first.get(key, 0) + second.get(key, 0)) / 2) and 0 <= rating <= 1
