@@ -34,7 +34,7 @@ from common import (
     positive_int,
     run_script,
 )
-from lib import hub, results, training
+from lib import gpu, hub, results, training
 from lib.results import scores
 
 AUTO = "bert-base-uncased"  # with CUDA
@@ -141,11 +141,11 @@ class Task:
     def logits(self, model, papers):
         """Float tensor [papers, 2]."""
         batch = self.tokenizer.pad({"input_ids": [paper["input_ids"] for paper in papers]}, return_tensors="pt")
-        ids, mask = batch["input_ids"].to(self.device), batch["attention_mask"].to(self.device)
+        ids, mask = (gpu.to_device(batch[name], self.device) for name in ("input_ids", "attention_mask"))
         return model(input_ids=ids, attention_mask=mask).logits.float()
 
     def losses(self, model, papers):
-        labels = torch.tensor([paper["label"] for paper in papers], device=self.device)
+        labels = gpu.to_device(torch.tensor([paper["label"] for paper in papers]), self.device)
         return cross_entropy(self.logits(model, papers), labels, reduction="none")
 
     def probs(self, model, papers):
@@ -198,7 +198,7 @@ def predict_with(accelerator, args, folder, papers):
     if not isinstance(papers, list):
         papers = encode(tokenizer, papers, kit["fields"], kit["max_length"])
     model = accelerator.prepare_model(model, evaluation_mode=True)
-    probs = training.predict(accelerator, model, papers, Task(tokenizer, accelerator.device, kit), args.batch_size)
+    probs = training.predict(accelerator, model, papers, Task(tokenizer, accelerator.device, kit))
     accelerator.free_memory()
     return probs, time.perf_counter() - started
 
@@ -230,7 +230,7 @@ def parse_args():
     add = parser.add_argument_group("model").add_argument
     add("--model", default="auto", metavar="M", help=f"hub name, directory, 'embedded' (MiniLM), or 'auto': {AUTO} "
         "with CUDA, embedded without")  # fmt: skip
-    add("--max-length", type=positive_int, default=512, metavar="N", help="tokens a paper, default %(default)s")
+    add("--max-length", type=positive_int, default=192, metavar="N", help="tokens a paper, default %(default)s")
     add("--dropout", type=bounded(float, 0, 0.9), default=0.0, metavar="R", help="default 0; of the attention always 0")
     add("--short-copies", action=argparse.BooleanOptionalAction, default=True,
         help="also train on each paper without its abstract, and on its authors alone")  # fmt: skip

@@ -98,8 +98,8 @@ def default_lr(method, model):
 
 
 class Task(llm.Task):
-    def __init__(self, accelerator, prompts, kit):
-        super().__init__(accelerator, prompts)
+    def __init__(self, prompts, kit):
+        super().__init__(prompts)
         self.kit = kit
 
     def save(self, scorer, folder):
@@ -178,7 +178,7 @@ def train_one(accelerator, args, plan, folder, kit, model, tokenizer, papers):
     """Train the adapter of a peft model and leave it in folder/best. Returns what training.fit returns."""
     inside, outside = list(papers[~plan.held_out]), list(papers[plan.held_out])
     scorer = llm.Scorer(model, tokenizer)
-    task = Task(accelerator, outside, kit | {"seed": plan.seed})
+    task = Task(outside, kit | {"seed": plan.seed})
     own_args = argparse.Namespace(**vars(args) | {"seed": plan.seed})
     record = {**kit["settings"], **{key: kit[key] for key in ("model", "fields", "items", "split")}, "seed": plan.seed}
     done = training.fit(accelerator, scorer, task, inside, outside, folder, own_args, record, shape="cosine")

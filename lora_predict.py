@@ -109,7 +109,7 @@ def predict_one(accelerator, args, adapter, kit, held_out, test):
     papers = llm.encode_items(tokenizer, items, args.max_length)
     log(f"{len(papers)} papers to score; {kit['model']}, {training.describe(accelerator)}")
     started = time.perf_counter()
-    probs = training.predict(accelerator, scorer, papers, llm.Task(accelerator, papers), args.batch_size)
+    probs = training.predict(accelerator, scorer, papers, llm.Task(papers), args.batch_size)
     speed = len(papers) / (time.perf_counter() - started)
     if not adapter:
         probs = calibrate(probs)
@@ -186,7 +186,8 @@ def parse_args():
     add("--model", metavar="M", help="default: the adapter's; with --adapter none as in lora_finetune.py")
     add("--name", help="folder under --out-dir, default lora, or untrained with --adapter none")
     add("--max-length", type=positive_int, metavar="N", help="tokens a paper, default the adapter's")
-    add("--batch-size", type=positive_int, default=16, metavar="N", help="papers at once, default %(default)s")
+    add("--batch-size", type=positive_int, metavar="N", help=f"papers at once, default {training.ON_CPU}, with CUDA "
+        f"{training.ON_GPU}, or what its memory allows")  # fmt: skip
     add("--predict-only", action="store_true", help="score --test alone, without train.csv")
     training.add_precision_flag(add)
     return parser.parse_args()

@@ -120,6 +120,6 @@ def set_up():
 
 def to_device(tensor, device):
     """A tensor on a device; on a card without waiting for what that computes."""
-    if device.type == "cuda":
+    if torch.device(device).type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)

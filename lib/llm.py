@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Dynami
 from transformers.cache_utils import DynamicLayer
 
 from common import HERE, InputError, few, log
-from lib import hub, results, training
+from lib import gpu, hub, results, training
 
 AUTO = "Qwen/Qwen3-4B-Instruct-2507"  # with CUDA; the README says why
 EMBEDDED = "SmolLM2-135M-Instruct.Q4_1.gguf"  # without
@@ -220,6 +220,9 @@ class Scorer(torch.nn.Module):
         self.end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         self.virtual = getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", 0)  # p-tuning v2
         self.prefix, self.cache = None, None  # what all prompts begin with, once it was looked for
+        for layer in model.modules():
+            if hasattr(layer, "lora_A"):
+                layer.cast_input_dtype_enabled = False  # autocast, under which all is read, does without
 
     def train(self, mode=True):
         self.prefix, self.cache = None, None  # weights may change
@@ -240,7 +243,8 @@ class Scorer(torch.nn.Module):
 
     def read(self, rows, keep, use_cache=False):
         """Run token ids (list of lists) through the model, after the shared prefix. The output's logits are those of
-        the last `keep` positions of each row: [rows, keep, vocabulary], in float32 when no gradient is wanted.
+        the last `keep` positions of each row: [rows, keep, vocabulary], in float32 when no gradient is wanted. Under
+        autocast to the weights' type: those of an adapter are in float32.
         """
         skip, cache = len(self.prefix or []), None
         if self.cache is not None:
@@ -249,25 +253,27 @@ class Scorer(torch.nn.Module):
         elif self.virtual:
             cache = self.model.get_prompt(len(rows))
         model = self.model.get_base_model() if self.virtual else self.model  # peft's own way would add a mask
-        device = next(self.model.parameters()).device
+        device, dtype = self.model.device, self.model.dtype
         ids = pad_sequence([torch.tensor(row[skip:]) for row in rows], batch_first=True)
         last = torch.tensor([len(row) - skip for row in rows])[:, None]
-        places = (last + torch.arange(-keep, 0)).clamp(min=0).to(device)
+        ids, places = (gpu.to_device(each, device) for each in (ids, (last + torch.arange(-keep, 0)).clamp(min=0)))
         more = {"use_cache": use_cache or cache is not None}
         if cache is not None:
             more["past_key_values"] = cache
         if hasattr(model.config, "vision_config"):  # which tokens are pictures: none
-            more["token_type_ids"] = torch.zeros_like(ids, device=device)
-        with head_at(model.get_output_embeddings(), places):
-            return model(input_ids=ids.to(device), **more)
+            more["token_type_ids"] = torch.zeros_like(ids)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            with head_at(model.get_output_embeddings(), places):
+                return model(input_ids=ids, **more)
 
     def forward(self, papers):
         """-log P(answer and end token | prompt) of each paper, the training loss: float tensor [papers]."""
         wanted = [self.answers[paper["label"]] + self.end for paper in papers]
         assert all(wanted), "at least one token of the answer is supervised"
         keep = max(map(len, wanted))
+        targets = torch.tensor([[-100] * (keep - len(want)) + want for want in wanted])
+        targets = gpu.to_device(targets, self.model.device)  # before the model has work that this would wait for
         logits = self.read([paper["input_ids"] + want[:-1] for paper, want in zip(papers, wanted)], keep).logits
-        targets = torch.tensor([[-100] * (keep - len(want)) + want for want in wanted], device=logits.device)
         losses = torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none")
         return losses.sum(1)
 
@@ -307,17 +313,16 @@ def head_at(head, places):
 class Task:
     """What training.py asks for. `prompts`: the papers that will be scored; what they all begin with is read once."""
 
-    def __init__(self, accelerator, prompts):
-        self.accelerator, self.prompts = accelerator, prompts
+    def __init__(self, prompts):
+        self.prompts = prompts
 
     def losses(self, scorer, papers):
         return scorer(papers)
 
     def probs(self, scorer, papers):
-        with self.accelerator.autocast():
-            if scorer.prefix is None:
-                scorer.share_prefix(self.prompts)
-            return scorer.probs(papers)
+        if scorer.prefix is None:
+            scorer.share_prefix(self.prompts)
+        return scorer.probs(papers)
 
 
 def check_matrices(scorer):

@@ -44,6 +44,7 @@ transformers.logging.disable_progress_bar()
 LAST = "last.safetensors"
 SHAPING = ("epochs", "batch_size", "lr", "warmup", "weight_decay", "patience", "class_weight")  # shape a model
 ON_CPU = 4  # papers that a CPU scores at a time: what its caches hold
+ON_GPU = 64  # the same of a GPU, halved until they fit
 ENOUGH = 100  # held-out papers, without which nothing is called learned
 
 
@@ -478,7 +479,7 @@ def check_learned(run, steps):
     if before == 0 or (now[1] - loss_before) > 0.1 * (now[0] - before):
         return
     papers = run.held_out if state["passed"] else run.held_out[:ENOUGH]
-    guess = predict(run.accelerator, run.model, papers, run.task, run.args.batch_size)
+    guess = predict(run.accelerator, run.model, papers, run.task)
     run.model.train()
     wrong = int(((guess >= 0.5) != [paper["label"] for paper in papers]).sum())
     state["passed"] = 0 if wrong else state["passed"] + 1
@@ -552,7 +553,7 @@ def score_epoch(run):
     """Score the held-out papers after an epoch, write the checkpoints, and decide whether training is over."""
     state, args = run.state, run.args
     epoch, train_loss = state["epoch"] + 1, state["loss"] / min(len(run.train), state["batch"] * args.batch_size)
-    guess = predict(run.accelerator, run.model, run.held_out, run.task, args.batch_size)
+    guess = predict(run.accelerator, run.model, run.held_out, run.task)
     values = results.scores([paper["label"] for paper in run.held_out], guess)
     history = state["history"]
     better = rank_of(values) > max(map(rank_of, history), default=(-1, 0))
@@ -583,12 +584,12 @@ def progress(accelerator, total, words, done=0):
     return tqdm(total=total, initial=done, desc=words, unit="paper", mininterval=every, leave=False, disable=quiet)
 
 
-def predict(accelerator, model, papers, task, batch_size):
+def predict(accelerator, model, papers, task, batch_size=None):
     """P(label = 1) of every paper, in their order: float array [papers]. Each paper is scored once, by one process.
     If memory runs out the batch is halved. Raises InputError if not even one paper fits, or a probability is NaN.
     """
-    if accelerator.device.type != "cuda":
-        batch_size = min(batch_size, ON_CPU)
+    cuda = accelerator.device.type == "cuda"
+    batch_size = (batch_size or ON_GPU) if cuda else min(batch_size or ON_CPU, ON_CPU)
     model.eval()
     found = torch.zeros(2, len(papers), device=accelerator.device)  # probabilities, and how often each was scored
     batches = length_batches([len(paper["input_ids"]) for paper in papers], batch_size)
