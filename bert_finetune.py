@@ -221,12 +221,13 @@ def predict_only(accelerator, args, folder):
         metrics["papers"] |= results.record_of_test(test)
         metrics["predict_papers_per_second"] = round(len(test) * len(runs) / sum(seconds), 1)
         results.save_results(folder, metrics, test, probs)
-        results.write_submission(folder / "submit_task1.csv", test, probs >= 0.5, args.out_dir)
+        results.write_submission(folder / "submit_task1.csv", test, probs >= 0.5, args.out_dir, args.keywords)
         results.warn_one_class(probs >= 0.5, [0, 1])
 
 
 def parse_args():
     parser = arg_parser(__doc__)
+    results.add_keywords_flag(parser)
     add = parser.add_argument_group("model").add_argument
     add("--model", default="auto", metavar="M", help=f"hub name, directory, 'embedded' (MiniLM), or 'auto': {AUTO} "
         "with CUDA, embedded without")  # fmt: skip
@@ -286,7 +287,7 @@ def write_results(accelerator, args, folder, plans, train, test, fields, found):
         metrics["seeds"] = [scores(train["label"][held_out], each) for each in valid_probs]
         table += training.spread_rows(args.name, metrics["seeds"])
     results.save_results(folder, metrics, test, test_probs, train[held_out], probs)
-    results.write_submission(folder / "submit_task1.csv", test, test_probs >= 0.5, args.out_dir)
+    results.write_submission(folder / "submit_task1.csv", test, test_probs >= 0.5, args.out_dir, args.keywords)
     results.warn_one_class(test_probs >= 0.5, train["label"])
     print(results.score_table(table))
 
