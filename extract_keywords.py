@@ -30,7 +30,7 @@ from lib.ranker import build_corpus, entries, learn_and_rate, rank
 from lib.results import environment, locked, paper_record, write_csv, write_json
 
 MOST = 30  # keywords a paper in the reader's list
-PARTITIONS = 6  # into folds, over which ratings are averaged
+PARTITIONS = 5  # into folds, over which ratings are averaged
 
 
 # ---- scores ----------------------------------------------------------------------------------------------------------
