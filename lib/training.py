@@ -241,7 +241,7 @@ def begin(folder, runs, resume):
     several = [*folder.glob("fold[0-9]*"), *folder.glob("seed[0-9]*")]
     for place in (folder, *several):
         (place / LAST).unlink(missing_ok=True)
-    for name in ("metrics.json", "training.json", "test.csv", "valid.csv", "submit_task1.csv", "log.csv"):
+    for name in ("test.csv", "metrics.json", "training.json", "valid.csv", "submit_task1.csv", "log.csv"):
         (folder / name).unlink(missing_ok=True)
     for place in (folder / "best", *several):
         shutil.rmtree(place, ignore_errors=True)
