@@ -295,7 +295,7 @@ def main():
         tables=tables,
         metrics=metrics,
         keywords=keywords,
-        keyword_recall=None if "Keywords" in test else keywords.get("scores", {}).get("recall_case_at_40"),
+        keyword_recall=None if "Keywords" in test else keywords.get("scores", {}).get("cased_recall_at_40"),
         papers=papers,
         probs=probs,
         test_labels=test_labels,
