@@ -93,8 +93,8 @@ def add_adapter(model, args, seed):
 
 def default_lr(method, model):
     """The highest learning rate that suits method and size."""
-    lr = {"lora": 2e-4, "p-tuning-v2": 5e-3}[method]
-    return lr * 15 if model.config.get_text_config().hidden_size < 1024 else lr
+    small = model.config.get_text_config().hidden_size < 1024
+    return {"lora": 1e-3 if small else 2e-4, "p-tuning-v2": 7.5e-2 if small else 5e-3}[method]
 
 
 class Task(llm.Task):
