@@ -331,6 +331,7 @@ def describe_choice(best, candidates):
 
 def parse_args():
     parser = common.arg_parser(__doc__)
+    results.add_keywords_flag(parser)
     add = parser.add_argument_group("model").add_argument
     add("--features", choices=("tfidf", "bow"), default="tfidf", help="default %(default)s")
     add("--model", choices=(*MODELS, "all"), default="lr", help="default %(default)s: " + str(MODELS))
@@ -402,7 +403,7 @@ def compare_and_predict(args, folder):
     if len(allowed) > 1:
         print(describe_choice(best, allowed))
     results.warn_one_class(test_probs >= 0.5, labels)
-    results.write_submission(folder / "submit_task1.csv", test, test_probs >= 0.5, args.out_dir)
+    results.write_submission(folder / "submit_task1.csv", test, test_probs >= 0.5, args.out_dir, args.keywords)
 
 
 def main():

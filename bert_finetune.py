@@ -98,11 +98,20 @@ def check_length(model, max_length):
         raise InputError(f"--max-length {max_length}: {model.name_or_path} reads 8 to {limit or 'any number'} tokens")
 
 
+def make_texts(papers, fields):
+    """One text per paper, with the names of its fields. Encoders drop blanks, so 'Ann Lee,Bo Chen' would look like one
+    author more of 'Lee, Ann': a comma without a blank after it becomes a bar.
+    """
+    if "author" in fields:
+        papers = papers.assign(author=papers["author"].str.replace(r",(?=\S)", " | ", regex=True))
+    return build_text(papers, fields, names=True)
+
+
 def encode(tokenizer, papers, fields, max_length):
     """Token ids of each paper, once for all epochs: a list of dicts with "input_ids" and, where known, "label". The
     abstract is the end of the text, so a paper that is too long loses the end of its abstract.
     """
-    texts = [hub.escape_special(tokenizer, text) for text in build_text(papers, fields, names=True)]
+    texts = [hub.escape_special(tokenizer, text) for text in make_texts(papers, fields)]
     ids = tokenizer(texts, truncation=True, max_length=max_length, return_attention_mask=False)["input_ids"]
     if "label" not in papers:
         return [{"input_ids": row} for row in ids]
@@ -212,15 +221,17 @@ def predict_only(accelerator, args, folder):
         metrics["papers"] |= results.record_of_test(test)
         metrics["predict_papers_per_second"] = round(len(test) * len(runs) / sum(seconds), 1)
         results.save_results(folder, metrics, test, probs)
-        results.write_submission(folder / "submit_task1.csv", test, probs >= 0.5, args.out_dir)
+        results.write_submission(folder / "submit_task1.csv", test, probs >= 0.5, args.out_dir, args.keywords)
+        results.warn_one_class(probs >= 0.5, [0, 1])
 
 
 def parse_args():
     parser = arg_parser(__doc__)
+    results.add_keywords_flag(parser)
     add = parser.add_argument_group("model").add_argument
     add("--model", default="auto", metavar="M", help=f"hub name, directory, 'embedded' (MiniLM), or 'auto': {AUTO} "
         "with CUDA, embedded without")  # fmt: skip
-    add("--max-length", type=positive_int, default=512, metavar="N", help="tokens a paper, default %(default)s")
+    add("--max-length", type=positive_int, default=192, metavar="N", help="tokens a paper, default %(default)s")
     add("--dropout", type=bounded(float, 0, 0.9), default=0.0, metavar="R", help="default 0; of the attention always 0")
     add("--short-copies", action=argparse.BooleanOptionalAction, default=True,
         help="also train on each paper without its abstract, and on its authors alone")  # fmt: skip
@@ -276,7 +287,8 @@ def write_results(accelerator, args, folder, plans, train, test, fields, found):
         metrics["seeds"] = [scores(train["label"][held_out], each) for each in valid_probs]
         table += training.spread_rows(args.name, metrics["seeds"])
     results.save_results(folder, metrics, test, test_probs, train[held_out], probs)
-    results.write_submission(folder / "submit_task1.csv", test, test_probs >= 0.5, args.out_dir)
+    results.write_submission(folder / "submit_task1.csv", test, test_probs >= 0.5, args.out_dir, args.keywords)
+    results.warn_one_class(test_probs >= 0.5, train["label"])
     print(results.score_table(table))
 
 
@@ -286,6 +298,7 @@ def main():
     folder = args.out_dir / args.name
     with results.locked(folder, accelerator.is_main_process), training.model_advice():
         (predict_only if args.predict_only else train_and_predict)(accelerator, args, folder)
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from sklearn.model_selection import cross_val_predict
 from common import InputError, arg_parser, build_text, few, fold_numbers, load_papers, log, run_script
 from lib import report
 from lib.results import (
+    add_keywords_flag,
     paper_record,
     read_json,
     read_labels,
@@ -247,6 +248,7 @@ def read_failed(out_dir):
 
 def parse_args():
     parser = arg_parser(__doc__)
+    add_keywords_flag(parser)
     parser.add_argument("--submit", default="submit_task1.csv", metavar="FILE", help="default %(default)s")
     parser.add_argument("--report-only", action="store_true", help="write no submission")
     return parser.parse_args()
@@ -278,7 +280,7 @@ def main():
     print(f"blend: {submitted}")
     one_class = warn_one_class(guess, train["label"])
     if not args.report_only:
-        write_submission(args.submit, test, guess, args.out_dir)
+        write_submission(args.submit, test, guess, args.out_dir, args.keywords)
     tables = make_tables(metrics, labels, probs, test_labels, test_probs, mixture)
     for title, rows in tables:
         print(f"\n{title}\n{score_table(rows)}")
@@ -293,7 +295,7 @@ def main():
         tables=tables,
         metrics=metrics,
         keywords=keywords,
-        keyword_recall=None if "Keywords" in test else keywords.get("scores", {}).get("recall_case_at_40"),
+        keyword_recall=None if "Keywords" in test else keywords.get("scores", {}).get("cased_recall_at_40"),
         papers=papers,
         probs=probs,
         test_labels=test_labels,

@@ -262,6 +262,8 @@ def read_papers(path, labelled=False):
 
 def clean_columns(path, columns):
     """Clean the text columns of a dict {name: cells}, and drop author or Keywords if all their cells say the same."""
+    if "Keywords" in columns:  # a line break separates keywords, too
+        columns["Keywords"] = ["; ".join(cell.splitlines()) for cell in columns["Keywords"]]
     for name in FIELDS:
         if name in columns:
             columns[name] = [clean(cell) for cell in columns[name]]

@@ -30,7 +30,7 @@ from lib.ranker import build_corpus, entries, learn_and_rate, rank
 from lib.results import environment, locked, paper_record, write_csv, write_json
 
 MOST = 30  # keywords a paper in the reader's list
-PARTITIONS = 6  # into folds, over which ratings are averaged
+PARTITIONS = 5  # into folds, over which ratings are averaged
 
 
 # ---- scores ----------------------------------------------------------------------------------------------------------
@@ -165,8 +165,7 @@ def extract(args, folder):
     log(f"{len(train)} papers in {args.train}, {len(labelled)} with keywords; {len(test)} in {args.test}")
     corpus = build_corpus(train, test, written)
     partitions = draw_partitions(labelled, corpus.count, args.folds, args.seed)
-    rated = learn_and_rate(corpus, partitions, asked=np.arange(corpus.count) >= len(train))
-    rated = shortlist(corpus, rated, max(args.entries, 40))
+    rated = shortlist(corpus, learn_and_rate(corpus, partitions), max(args.entries, 40))
     threshold = best_threshold(corpus, rated, partitions[0])
     picked = pick(corpus, rated, threshold, args.top)
     listed = list_entries(corpus, rated, partitions[0], [*train["title"], *test["title"]])

@@ -109,8 +109,8 @@ def needs_checkpointing(model, args):
 
 def default_lr(method, model):
     """The highest learning rate that suits method and size."""
-    lr = {"lora": 2e-4, "p-tuning-v2": 5e-3}[method]
-    return lr * 15 if model.config.get_text_config().hidden_size < 1024 else lr
+    small = model.config.get_text_config().hidden_size < 1024
+    return {"lora": 1e-3 if small else 2e-4, "p-tuning-v2": 7.5e-2 if small else 5e-3}[method]
 
 
 class Task(llm.Task):
@@ -226,6 +226,7 @@ def main():
     folder = args.out_dir / args.name
     with results.locked(folder, accelerator.is_main_process), training.model_advice():
         train_adapters(accelerator, args, folder)
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -174,13 +174,15 @@ def write_results(accelerator, args, folder, adapters, kit, plans, train, test, 
         (folder / "valid.csv").unlink(missing_ok=True)
         held_out = None
     results.save_results(folder, metrics, test, test_probs, held_out, probs)
-    results.write_submission(folder / "submit_task1.csv", test, test_probs >= 0.5, args.out_dir)
+    results.write_submission(folder / "submit_task1.csv", test, test_probs >= 0.5, args.out_dir, args.keywords)
+    results.warn_one_class(test_probs >= 0.5, [0, 1] if train is None else train["label"])
     if table:
         print(results.score_table(table))
 
 
 def parse_args():
     parser = arg_parser(__doc__, recorded="lora_finetune.py")
+    results.add_keywords_flag(parser)
     add = parser.add_argument_group("model").add_argument
     add("--adapter", metavar="DIR", help="default: best/ of the --name folder; 'none': the untrained model")
     add("--model", metavar="M", help="default: the adapter's; with --adapter none as in lora_finetune.py")
@@ -210,6 +212,7 @@ def main():
     train, test = choose_papers(args, kits[0])
     with results.locked(folder, accelerator.is_main_process), training.model_advice():
         predict(accelerator, args, folder, adapters, kits, train, test)
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -28,8 +28,7 @@ def score(train, seed):
     corpus = ranker.build_corpus(*papers, written[0])
     labelled = np.flatnonzero([len(own) for own in written[0]])
     partitions = keywords.draw_partitions(labelled, corpus.count, 5, seed)
-    rated = ranker.learn_and_rate(corpus, partitions, np.arange(corpus.count) >= count)
-    rated = keywords.shortlist(corpus, rated, 40)
+    rated = keywords.shortlist(corpus, ranker.learn_and_rate(corpus, partitions), 40)
     picked = keywords.pick(corpus, rated, keywords.best_threshold(corpus, rated, partitions[0]))
     true = [[*own] for own in written[0] + written[1]]
     fold, never = ([[picked[i] for i in part], [true[i] for i in part]] for part in (labelled, range(count, len(true))))

@@ -191,7 +191,7 @@ def phrase_rates(view):
         ("tail_end", endings[found.tail], 20),
     ):
         features[f"rate_{name}"] = rates(keys, hits, folds, strength)
-    tf = found.features["tf"]
+    tf = np.bincount(found.of, minlength=len(found.paper))
     for name, keys in (("left", found.left), ("right", found.right)):  # the mean over all places
         features[f"rate_{name}"] = np.bincount(found.of, rates(keys, hits[found.of], folds[found.of], 10), len(tf)) / tf
     return features
@@ -212,7 +212,8 @@ def frequency(view):
     found = view.corpus.found
     train = found.paper < found.train
     others = np.bincount(found.phrase[train], minlength=len(found.phrases))[found.phrase] - train
-    return {"tf_idf": found.features["tf"] * np.log((found.train + 1) / (others + 1))}
+    tf = np.bincount(found.of, minlength=len(found.paper))
+    return {"tf_idf": tf * np.log((found.train + 1) / (others + 1))}
 
 
 FEATURES = (known_keywords, phrase_rates, word_rates, frequency)
@@ -273,31 +274,29 @@ def cross_fit(fold, rate):
     return ratings
 
 
-def rate_once(corpus, folds, asked, seed):
+def rate_once(corpus, folds, seed):
     """learn_and_rate over one partition; the fold's number is added to the seed of its trees."""
     view = look(corpus, folds)
-    wanted = np.flatnonzero(((folds >= 0) | asked)[view.paper])
     features = make_features(view)
-    x = np.column_stack([values[wanted] for values in features.values()])
-    paper, phrase, hit = view.paper[wanted], view.phrase[wanted], view.hit[wanted]
+    x = np.column_stack([*features.values()])
 
-    def rate(number, learn, rows):
-        if 0 < hit[learn].sum() < learn.sum():
-            return fit_trees(x[learn], hit[learn], seed + number)(x[rows])
-        return 1 / (2 + rank(paper[rows], features["tf_idf"][wanted][rows]))  # nothing to learn from
+    def rate(number, learn, asked):
+        if 0 < view.hit[learn].sum() < learn.sum():
+            return fit_trees(x[learn], view.hit[learn], seed + number)(x[asked])
+        return 1 / (2 + rank(view.paper[asked], features["tf_idf"][asked]))  # nothing to learn from
 
-    return paper, phrase, cross_fit(folds[paper], rate)
+    return view.paper, view.phrase, cross_fit(folds[view.paper], rate)
 
 
-def learn_and_rate(corpus, partitions, asked):
-    """Rate the candidates of each paper, by trees that learned from the papers of the other folds, and average that
-    over partitions. partitions: int array [partitions, papers], the fold of a paper to learn from, -1 for any other;
-    asked: bool array [papers], those of them to rate, too, by the mean of all folds' trees. Returns (paper, phrase,
-    P(keyword)), arrays [candidates]; a keyword that one partition does not propose counts as 0 there.
+def learn_and_rate(corpus, partitions):
+    """Rate the candidates of each paper by trees that learned from the papers of the other folds, and average that over
+    partitions. partitions: int array [partitions, papers], the fold of a paper to learn from, -1 for any other, which
+    gets the mean of all folds' trees. Returns (paper, phrase, P(keyword)), arrays [candidates]; a keyword that one
+    partition does not propose counts as 0 there.
     """
     rated = []
     for i, folds in enumerate(tqdm(partitions, desc="partitions")):
-        rated.append(rate_once(corpus, folds, asked, i * (folds.max() + 1)))
+        rated.append(rate_once(corpus, folds, i * (folds.max() + 1)))
     paper, phrase, prob = (np.concatenate(arrays) for arrays in zip(*rated))
     key, same = np.unique(paper * len(corpus.phrases) + phrase, return_inverse=True)
     paper, phrase = np.divmod(key, len(corpus.phrases))

@@ -297,6 +297,11 @@ def read_keyword_scores(folder, test):
     return record["scores"] if record["papers"].get("test_fingerprint") == fingerprint(test) else {}
 
 
+def add_keywords_flag(parser):
+    parser.add_argument("--keywords", choices=tuple(KEYWORD_LISTS), default="board", help="which list of "
+        "extract_keywords.py goes into the submission: the one that scores, or the one that reads well; default board")  # fmt: skip  # noqa: E501
+
+
 def read_keywords(folder, test, wanted="board"):
     """The cells of a list (a key of KEYWORD_LISTS) as a Series in the order of `test`, from extract_keywords.py's
     folder; None if it is not there or about other papers.

@@ -243,7 +243,7 @@ def begin(folder, runs, resume):
     several = [*folder.glob("fold[0-9]*"), *folder.glob("seed[0-9]*")]
     for place in (folder, *several):
         (place / LAST).unlink(missing_ok=True)
-    for name in ("metrics.json", "training.json", "test.csv", "valid.csv", "submit_task1.csv", "log.csv"):
+    for name in ("test.csv", "metrics.json", "training.json", "valid.csv", "submit_task1.csv", "log.csv"):
         (folder / name).unlink(missing_ok=True)
     for place in (folder / "best", *several):
         shutil.rmtree(place, ignore_errors=True)
@@ -471,7 +471,7 @@ def check_learned(run, steps):
     """Now and then, if the training loss is low, score held-out papers within an epoch: a hundred of them and, when all
     of these are right, the next time all. If all are right twice running, the learning rate falls to 0 over a tenth as
     many steps again, and training ends. With fewer than a hundred held-out papers, or where a model never gets all
-    right, nothing changes: the epochs decide. `steps`: of an epoch.
+    right, nothing changes: the epochs decide. The end of an epoch counts as the second time, too. `steps`: of an epoch.
     """
     state, every = run.state, max(10, steps // 80 * 10)
     if len(run.held_out) < ENOUGH or state["stop"] or state["batch"] % every:
@@ -563,7 +563,9 @@ def score_epoch(run):
     best = max(range(len(history)), key=lambda i: rank_of(history[i]))
     tell_skipped(run)
     state |= {"epoch": epoch, "batch": 0, "loss": 0.0, "skipped": 0, "checked": [0, 0.0]}
-    state["finished"] = epoch == args.epochs or len(history) - 1 - best >= args.patience or state["stop"] is not None
+    learned = state["stop"] is not None or (state["passed"] > 0 and values["accuracy"] == 1)  # see check_learned
+    state["passed"] = state["passed"] if values["accuracy"] == 1 else 0
+    state["finished"] = epoch == args.epochs or len(history) - 1 - best >= args.patience or learned
     left = (args.epochs - epoch) * len(run.train) * state["seconds"] / state["papers"] / 60
     log(f"epoch {epoch}: train loss {train_loss:.4f}; {len(run.held_out)} held out: accuracy {values['accuracy']:.4f}, "
         f"f1 {values['f1']:.4f}, log-loss {values['log_loss']:.4f}{' (best so far)' if better else ''}"

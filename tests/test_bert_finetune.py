@@ -65,7 +65,7 @@ def test_whole_run(finished, bert, papers):
 
     # best/ is a plain model directory: any tool gives the same answer.
     classify = pipeline("text-classification", str(bert / "best"), top_k=None)
-    for text, prob in zip(common.build_text(test, metrics["fields"], names=True)[:5], probs["prob"]):
+    for text, prob in zip(bert_finetune.make_texts(test, metrics["fields"])[:5], probs["prob"]):
         answer = {row["label"]: row["score"] for row in classify([text], truncation=True, max_length=48)[0]}
         assert answer.keys() == {"other", "medical"} and answer["medical"] == pytest.approx(prob, abs=1e-5)
 

@@ -131,10 +131,10 @@ def test_ratings_are_the_mean_over_partitions(few_trees):
     train = common.read_papers(common.HERE / "data" / "sample" / "train.csv")
     corpus = build(train)
     paper = np.arange(len(train))
-    partitions, asked = np.array([paper % 3, paper // 2 % 3]), np.zeros(len(train), dtype=bool)
-    once = [ranker.rate_once(corpus, folds, asked, 3 * i) for i, folds in enumerate(partitions)]
+    partitions = np.array([paper % 3, paper // 2 % 3])
+    once = [ranker.rate_once(corpus, folds, 3 * i) for i, folds in enumerate(partitions)]
     first, second = ({(p, k): r for p, k, r in zip(*rated)} for rated in once)
-    mean = {(p, k): r for p, k, r in zip(*ranker.learn_and_rate(corpus, partitions, asked))}
+    mean = {(p, k): r for p, k, r in zip(*ranker.learn_and_rate(corpus, partitions))}
     assert set(first) != set(second) and set(mean) == set(first) | set(second)
     for key, rating in mean.items():
         assert np.isclose(rating, (first.get(key, 0) + second.get(key, 0)) / 2) and 0 <= rating <= 1
@@ -272,6 +272,16 @@ def test_odd_papers_and_few_keywords(kit, tmp_path, small, write_csv, labelled):
         words = row["Keywords"].split("; ")
         assert 1 <= len(words) <= 30 and all(word.strip() for word in words)
     assert "Chinese" in done.stderr and "分类" not in (tmp_path / "submit_task2.csv").read_text(encoding="utf-8")
+
+
+def test_chinese_papers_get_keywords_of_similar_papers_and_a_warning(kit, tmp_path, write_csv):
+    title = "基于深度学习的论文分类"
+    papers = [[str(i), title, f"本文提出一种方法{i}，用于分类。", f"深度学习; 分类; 方法{i}"] for i in range(20)]
+    done = kit("extract_keywords.py", "--train", write_csv("train.csv", [HEADER, *papers]),
+               "--test", write_csv("test.csv", [HEADER[:3], ["a", title, ""]]))  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "warning: 20 titles" in done.stderr
+    assert set(rows(tmp_path)[0]["Keywords"].split("; ")) <= {"深度学习", "分类"}
 
 
 def test_keywords_that_stand_in_no_text(kit, tmp_path, small, write_csv):

@@ -157,7 +157,7 @@ def test_curves_of_folds_and_of_one_epoch(read_page, tmp_path, model):
 
 def test_keywords_and_board_only_of_these_papers(kit, read_page, tmp_path, model, papers):
     model("bert", 0)
-    record = {"scores": {"f1_at_5": 0.1234, "recall_case_at_40": 0.25, "by_label": {}}, "fields": ["title"]}
+    record = {"scores": {"f1_at_5": 0.1234, "cased_recall_at_40": 0.25, "by_label": {}}, "fields": ["title"]}
     record |= {"papers": paper_record(*papers, 77), "seconds": 30}
     write_json(tmp_path / "outputs" / "keywords" / "metrics.json", record)
     text = read_page("--report-only")[1]
@@ -175,7 +175,7 @@ def test_no_board_estimate_if_the_test_file_gives_the_keywords(read_page, tmp_pa
     path = write_csv("test.csv", [test.columns, *test.to_numpy()])
     test = common.read_papers(path)
     model("bert", 0, papers=(train, test))
-    record = {"scores": {"recall_case_at_40": 0.25}, "fields": [], "papers": paper_record(train, test, 77)}
+    record = {"scores": {"cased_recall_at_40": 0.25}, "fields": [], "papers": paper_record(train, test, 77)}
     write_json(tmp_path / "outputs" / "keywords" / "metrics.json", record)
     text = read_page("--test", path)[1]
     assert "0.2500" in text and "oard estimate" not in text

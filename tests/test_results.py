@@ -1,3 +1,4 @@
+import errno
 import os
 import stat
 import threading
@@ -191,3 +192,21 @@ def test_submission_takes_extracted_keywords_of_these_papers_only(tmp_path, caps
     other = TEST.assign(title=["x", "y", "z"])
     assert submission(tmp_path, other)["Keywords"].tolist() == ["x", "y", "z"]
     assert "other test papers" in capsys.readouterr().err
+
+
+def test_a_file_system_without_locks_is_said_and_goes_on(tmp_path, monkeypatch, capsys):
+    def flock(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(pytest.importorskip("fcntl"), "flock", flock)
+    with results.locked(tmp_path / "model"):
+        results.write_json(tmp_path / "model" / "a.json", {})
+    assert "no file locks" in capsys.readouterr().err and (tmp_path / "model" / "a.json").is_file()
+
+
+def test_what_is_synced_is_open_for_writing(tmp_path, monkeypatch):
+    """Windows refuses the other."""
+    fcntl, modes = pytest.importorskip("fcntl"), []
+    monkeypatch.setattr(os, "fsync", lambda file: modes.append(fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE))
+    results.write_json(tmp_path / "a.json", {})
+    assert modes == [os.O_RDWR]

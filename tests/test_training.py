@@ -82,14 +82,15 @@ def test_in_float32_nothing_is_rounded(bias):
 class Words(torch.nn.Module):
     """A bag of words."""
 
-    def __init__(self):
+    def __init__(self, dropout=0.0):
         super().__init__()
         torch.manual_seed(0)
+        self.dropout = torch.nn.Dropout(dropout)
         self.table = torch.nn.EmbeddingBag(50, 8)
         self.out = torch.nn.Linear(8, 1)
 
     def forward(self, papers):
-        rows = [self.out(self.table(torch.tensor([paper["input_ids"]]))) for paper in papers]
+        rows = [self.out(self.dropout(self.table(torch.tensor([paper["input_ids"]])))) for paper in papers]
         return torch.cat(rows)[:, 0]
 
 
@@ -127,9 +128,9 @@ def arguments(**changes):
     return args
 
 
-def fit(folder, task=None, **changes):
+def fit(folder, task=None, dropout=0.0, **changes):
     """Train a new model. Returns (what training.fit returns, the trained weights, the best ones)."""
-    model, args, papers = Words(), arguments(**changes), make_papers(101)
+    model, args, papers = Words(dropout), arguments(**changes), make_papers(101)
     accelerator, settings = training.make_accelerator("fp32"), {"lr": args.lr, "epochs": args.epochs}
     done = training.fit(accelerator, model, task or make_task(), papers[:80], papers[80:], folder, args, settings)
     return done, model.state_dict(), load_file(folder / "best" / "model.safetensors")
@@ -171,7 +172,10 @@ def dying(calls, steps):
 LEARNS = {"batch_size": 1, "at_once": 1, "epochs": 2}  # so that it has learned all within an epoch
 
 
-@pytest.mark.parametrize(("steps", "changes"), [(3, {}), (12, {}), (25, {}), (35, LEARNS), (-5, LEARNS)])
+CASES = [(3, {}), (12, {"dropout": 0.3}), (25, {"dropout": 0.3}), (35, LEARNS), (-5, LEARNS)]
+
+
+@pytest.mark.parametrize(("steps", "changes"), CASES)
 def test_resumed_equals_uninterrupted(tmp_path, monkeypatch, steps, changes):
     monkeypatch.setattr(training, "ENOUGH", 20)
     calls = []

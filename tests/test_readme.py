@@ -1,0 +1,80 @@
+"""The READMEs: the example runs as it is written, links lead somewhere, files and flags that are named exist."""
+
+import ast
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import KIT, SAMPLE
+
+READMES = ["README.md", "README.zh-CN.md"]
+
+
+def read(name):
+    return (KIT / name).read_text(encoding="utf-8")
+
+
+def commands(text):
+    """The scripts that a README runs, with their flags: 'python blend.py --submit x' -> ('blend.py', ['--submit'])."""
+    for script, rest in re.findall(r"python (\w+\.py)([^`\n#]*)", text):
+        yield script, [word for word in shlex.split(rest) if word.startswith("--")]
+
+
+def example(name):
+    """The code of an own model."""
+    return re.search(r"```python\n(.+?)```", read(name), re.DOTALL)[1]
+
+
+def test_the_example_of_an_own_model_joins_the_blend(kit, tmp_path):
+    (tmp_path / "mine.py").write_text(example("README.md"))
+    shutil.copy(KIT / "common.py", tmp_path)
+    shutil.copytree(SAMPLE, tmp_path / "data" / "sample")
+    env = {name: value for name, value in os.environ.items() if name not in ("DATA_DIR", "OUT_DIR")}
+    subprocess.run([sys.executable, "mine.py"], cwd=tmp_path, env=env | {"OMP_NUM_THREADS": "1"}, check=True)
+    assert kit("baseline.py", "--folds", "2").returncode == 0
+    done = kit("blend.py")
+    assert done.returncode == 0, done.stderr
+    held_out = done.stdout.split("Held-out papers")[1].split("Test papers")[0]
+    assert re.search(r"^baseline .* 120 held out", held_out, re.MULTILINE), done.stdout
+    assert re.search(r"^mine .* 120 held out, own model$", held_out, re.MULTILINE), done.stdout
+
+
+def test_the_example_is_the_same_in_both_languages():
+    assert ast.dump(ast.parse(example("README.md"))) == ast.dump(ast.parse(example("README.zh-CN.md")))
+
+
+@pytest.mark.parametrize("readme", [*READMES, "CONTRIBUTING.md", "data/README.md"])
+def test_links_lead_to_files(readme):
+    links = re.findall(r"\]\(([^)#]+)", read(readme))
+    here = (KIT / readme).parent
+    assert [link for link in links if "://" not in link and not (here / link).exists()] == []
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_the_file_tree_names_every_file_once(readme):
+    tree = re.search(r"```\n(run\.sh .+?)```", read(readme), re.DOTALL)[1]
+    named = [line.split()[0] for line in tree.splitlines() if line.strip()]
+    found = [path.name for path in [*KIT.glob("*.py"), *KIT.glob("*.sh")]]
+    found += [f"lib/{path.name}" for path in (KIT / "lib").iterdir() if path.is_file() and path.name != "__init__.py"]
+    assert sorted(name for name in named if not name.endswith("/")) == sorted(found)
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_scripts_and_flags_that_are_named_exist(readme):
+    text = read(readme)
+    shared = "".join(read(name) for name in ("common.py", "lib/training.py"))
+    for script, flags in commands(text.replace("python mine.py", "")):
+        source = read(script) + shared
+        assert [flag for flag in flags if f'"{flag}"' not in source] == [], script
+    in_prose = set(re.findall(r"`(--[a-z-]+)", text)) - {"--help"}
+    everything = shared + "".join(read(path.name) for path in KIT.glob("*.py"))
+    assert [flag for flag in in_prose if f'"{flag}"' not in everything] == []
+
+
+def test_both_languages_give_the_same_commands():
+    english, chinese = (sorted(commands(read(name)), key=str) for name in READMES)
+    assert english == chinese
