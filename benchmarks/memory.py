@@ -128,7 +128,8 @@ class Tokens:
 
 
 def papers(count):
-    return [{"input_ids": [5] * (LENGTH - 2), "label": i % 2} for i in range(count)]
+    """Prompts that have no beginning in common."""
+    return [{"input_ids": [i + 1] * (LENGTH - 2), "label": i % 2} for i in range(count)]
 
 
 def arguments(**changes):

@@ -57,7 +57,7 @@ def choose_model(free, four_bit):
 
 def needs_checkpointing(free, papers, length, layers, width):
     """Whether a training step without gradient checkpointing may take more than `free` GiB. It keeps some 70 bytes for
-    each token, layer and hidden value: benchmarks/memory.py counts 52 to 65.
+    each token, layer and hidden value: benchmarks/memory.py counts 48 to 65.
     """
     return 70 * papers * length * layers * width / 2**30 > 0.9 * free
 
