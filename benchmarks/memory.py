@@ -5,9 +5,9 @@
 
 The kit's code runs on tensors that have a shape and a type but no values (FakeTensorMode), and every storage that is
 alive is counted: papers of 512 tokens, bf16, LoRA of rank 8. Attention takes the memory of the kernel that all cards
-have. The tensors are said to be on a CPU, since torch without CUDA can't compute gradients of others; what differs on
-a card is put right below. Not counted: what CUDA itself holds (0.3 to 0.6 GiB) and what the allocator loses between
-pieces (some 5 %). Never compared with a real card.
+have; layers in 4 bits are modelled on bitsandbytes'. The tensors are said to be on a CPU, since torch without CUDA
+can't compute gradients of others; what differs on a card is put right below. Not counted: what CUDA itself holds (0.3
+to 0.6 GiB) and what the allocator loses between pieces (some 5 %). Never compared with a real card.
 """
 
 import argparse
@@ -65,20 +65,22 @@ LLMS = {
     "Qwen3-8B": qwen3(4096, 12288, 36, 32, False),
 }  # fmt: skip
 ENCODERS = {"bert-base": bert(768, 12), "bert-large": bert(1024, 24)}
+MODELS = [*LLMS, *ENCODERS]
 
 
 # ---- counting --------------------------------------------------------------------------------------------------------
 
 
 class Count(TorchDispatchMode):
-    """Counts the bytes of all storages that are alive, and their peak."""
+    """Counts the bytes of all storages that are alive, their peak, and the calls that compute something."""
 
     def __init__(self):
         super().__init__()
-        self.known, self.now, self.peak = weakref.WeakSet(), 0, 0
+        self.known, self.now, self.peak, self.calls = weakref.WeakSet(), 0, 0, 0
 
     def __torch_dispatch__(self, function, types, arguments=(), more=None):
         found = function(*arguments, **(more or {}))
+        self.calls += not function.is_view
         for tensor in tree_leaves(found):
             if isinstance(tensor, torch.Tensor):
                 self.add(tensor.untyped_storage())
@@ -127,9 +129,35 @@ class Tokens:
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
+class Unpack(torch.autograd.Function):
+    """A product with a matrix that is unpacked for it, forward and backward."""
+
+    @staticmethod
+    def forward(context, values, packed, shape):
+        context.packed, context.shape = packed, shape
+        return torch.nn.functional.linear(values, values.new_empty(shape))
+
+    @staticmethod
+    def backward(context, gradients):
+        return gradients @ gradients.new_empty(context.shape), None, None
+
+
+class FourBit(torch.nn.Module):
+    """A linear layer as bitsandbytes keeps it: 4 bits a weight, 8 more for each 64 weights, 32 for each 16,384."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.shape, bits = layer.weight.shape, 4 + 8 / 64 + 32 / 16384
+        packed = torch.empty(round(layer.weight.numel() * bits / 8), dtype=torch.uint8, device="meta")
+        self.weight = torch.nn.Parameter(packed, requires_grad=False)
+
+    def forward(self, values):
+        return Unpack.apply(values.to(torch.bfloat16), self.weight, self.shape)
+
+
 def papers(count):
-    """Prompts that have no beginning in common."""
-    return [{"input_ids": [i + 1] * (LENGTH - 2), "label": i % 2} for i in range(count)]
+    """Prompts that begin with the same 64 tokens, as an instruction takes them."""
+    return [{"input_ids": [1] * 64 + [i + 2] * (LENGTH - 66), "label": i % 2} for i in range(count)]
 
 
 def arguments(**changes):
@@ -140,12 +168,15 @@ def arguments(**changes):
     return argparse.Namespace(**defaults | changes)
 
 
-def make(name, checkpointing):
+def make(name, checkpointing, four_bit):
     """(model, task) without weights."""
     with torch.device("meta"):
         if name in LLMS:
             model = AutoModelForCausalLM.from_config(LLMS[name], dtype=torch.bfloat16, attn_implementation="counted")
             model = lora_finetune.add_adapter(model, arguments(gradient_checkpointing=checkpointing), 1)
+            for layer in model.modules():
+                if four_bit and hasattr(layer, "base_layer"):
+                    layer.base_layer = FourBit(layer.base_layer)
             return llm.Scorer(model, Tokens()), llm.Task(papers(2))
         model = AutoModelForSequenceClassification.from_config(ENCODERS[name], attn_implementation="counted")
     for layer in model.modules():
@@ -169,9 +200,11 @@ def empty(model):
     return model
 
 
-def train(name, size, checkpointing):
-    """Peak of two training steps of `size` papers, in GiB; the second has the optimizer's state."""
-    model, task = make(name, checkpointing)
+def train(name, size, checkpointing, four_bit=False):
+    """(peak of two training steps of `size` papers in GiB, kernels that the second starts). From the second on there is
+    the optimizer's state.
+    """
+    model, task = make(name, checkpointing, four_bit)
     with FakeTensorMode(allow_non_fake_inputs=True), Count() as count:
         empty(model)
         args = arguments(batch_size=size)
@@ -180,17 +213,18 @@ def train(name, size, checkpointing):
             training.make_optimizer(model, args), np.ones(size), {"cool": None, "stop": None, "batch": 0},
         )  # fmt: skip
         run.parallel, run.stepper = model, run.optimizer
-        for step in range(2):
-            training.train_step(run, np.arange(size), step, 10)
-    return count.peak / GIB
+        training.train_step(run, np.arange(size), 0, 10)
+        before = count.calls
+        training.train_step(run, np.arange(size), 1, 10)
+    return count.peak / GIB, count.calls - before
 
 
-def predict(name, size):
-    """Peak of scoring `size` papers in GiB. An LLM's adapter is merged before."""
-    model, task = make(name, False)
+def predict(name, size, four_bit=False):
+    """Peak of scoring `size` papers in GiB. An LLM's adapter is merged before, but not into 4 bits."""
+    model, task = make(name, False, four_bit)
     with FakeTensorMode(allow_non_fake_inputs=True), Count() as count, torch.no_grad():
         empty(model).eval()
-        if name in LLMS:
+        if name in LLMS and not four_bit:
             model.model.merge_adapter()
         task.probs(model, papers(size))
     return count.peak / GIB
@@ -206,7 +240,7 @@ def make_accelerator():
     """What train_step asks of an Accelerator."""
 
     def clip(weights, most):
-        return torch.nn.utils.clip_grad_norm_(weights, most)
+        return torch.nn.utils.clip_grad_norm_(weights, most, foreach=True)
 
     def backward(loss):
         loss.backward()
@@ -219,16 +253,19 @@ def make_accelerator():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", metavar="MODEL", help=f"of {', '.join([*LLMS, *ENCODERS])}")
+    parser.add_argument("models", nargs="*", metavar="MODEL", choices=MODELS, help=f"of {', '.join(MODELS)}")
     chosen = parser.parse_args().models
     warnings.filterwarnings("ignore")
     columns = ["model", "train 4", "train 8", "train 16", "train 4, no checkpointing", "predict 16", "predict 64"]
+    columns += ["4 bits: train 4", "4 bits: predict 16", "kernels of a step of 4"]
     print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
-    for name in [*LLMS, *ENCODERS]:
-        if not chosen or name in chosen:
-            peaks = [alone(train, name, size, name in LLMS) for size in (4, 8, 16)]
-            peaks += [alone(train, name, 4, False), alone(predict, name, 16), alone(predict, name, 64)]
-            print(f"| {name} | {' | '.join(f'{peak:.1f}' for peak in peaks)} |", flush=True)
+    for name in chosen or MODELS:
+        trained = [alone(train, name, size, name in LLMS) for size in (4, 8, 16)] + [alone(train, name, 4, False)]
+        peaks = [peak for peak, _ in trained] + [alone(predict, name, 16), alone(predict, name, 64)]
+        if name in LLMS:
+            peaks += [alone(train, name, 4, True, True)[0], alone(predict, name, 16, True)]
+        cells = [f"{peak:.1f}" for peak in peaks] + [""] * (8 - len(peaks)) + [f"{trained[0][1]:,}"]
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -118,6 +118,10 @@ def load_llm(name, accelerator, four_bit=False):
         )
     if missing := report["missing_keys"]:
         raise InputError(f"--model {name} has no weights for {few(sorted(missing))}: it is incomplete")
+    for layer in model.modules():
+        # On some CPUs bitsandbytes would pack the weights for predicting, and later gradients would stop there unsaid.
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
     check_causal(model, name)
     prompt_form(tokenizer)
     return model, tokenizer

@@ -1,6 +1,7 @@
 """GPUs that aren't there: what the kit decides about cards, and 4-bit weights, which a CPU computes, too."""
 
 import json
+from argparse import Namespace
 from importlib.util import find_spec
 
 import pandas as pd
@@ -8,13 +9,17 @@ import pytest
 import test_training as loop
 import torch
 from accelerate.state import AcceleratorState
-from conftest import SAMPLE, start
+from conftest import SAMPLE
 
+import lora_finetune
 from common import InputError
 from lib import gpu, llm, training
+from lib.items import build_items
 from lib.results import scores
 
-LABELS = SAMPLE / "test_labels.csv"
+needs_bitsandbytes = pytest.mark.skipif(
+    not find_spec("bitsandbytes"), reason="needs requirements-4bit.txt, which .ci/run installs"
+)
 
 CUDA_13 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"]
 CUDA_12 = ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"]
@@ -135,23 +140,24 @@ def test_checkpointing_where_it_is_needed(free, papers, layers, width, needed):
     assert llm.needs_checkpointing(free, papers, 512, layers, width) == needed
 
 
-# ---- fp16, with scaled gradients on a CPU ----------------------------------------------------------------------------
+# ---- bf16, and fp16 with scaled gradients, on a CPU ------------------------------------------------------------------
 
 
-@pytest.fixture
-def fp16(monkeypatch):
-    """training.make_accelerator gives what fp16 has with CUDA, autocast and a scaler of gradients, on a CPU."""
+@pytest.fixture(params=["fp16"])
+def half(request, monkeypatch):
+    """On a CPU training.make_accelerator gives bf16, or what fp16 is with CUDA: autocast and scaled gradients."""
     make = training.make_accelerator
 
-    def make_fp16(precision):
+    def make_half(precision):
         AcceleratorState._reset_state()
         accelerator = make("bf16")
-        accelerator.state._mixed_precision = "fp16"
-        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+        if request.param == "fp16":
+            accelerator.state._mixed_precision = "fp16"
+            accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
         return accelerator
 
-    monkeypatch.setattr(training, "make_accelerator", make_fp16)
-    yield
+    monkeypatch.setattr(training, "make_accelerator", make_half)
+    yield request.param
     AcceleratorState._reset_state()
 
 
@@ -183,8 +189,9 @@ def test_what_does_not_fit_is_said_before_the_first_step(tmp_path, monkeypatch):
     assert not (tmp_path / "log.csv").exists()
 
 
-def test_fp16_resumed_is_uninterrupted(tmp_path, fp16):
-    """Gradients overflow at first: the scaler's state is kept, too."""
+@pytest.mark.parametrize("half", ["bf16", "fp16"], indirect=True)
+def test_resumed_is_uninterrupted(tmp_path, half):
+    """In fp16 gradients overflow at first: the scaler's state is kept, too."""
     calls = []
 
     def large(model, papers):
@@ -200,18 +207,18 @@ def test_fp16_resumed_is_uninterrupted(tmp_path, fp16):
     with pytest.raises(KeyboardInterrupt):
         loop.fit(tmp_path / "cut", loop.make_task(losses=dying), save_minutes=0)
     state = training.read_state(tmp_path / "cut" / training.LAST)
-    assert state["scaler"]["scale"] < 2**16 and state["epoch"] == 1
+    assert state["epoch"] == 1 and (half == "bf16" or state["scaler"]["scale"] < 2**16)
     _, resumed, _ = loop.fit(tmp_path / "cut", loop.make_task(losses=large), save_minutes=0, resume=True)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
 @pytest.mark.parametrize(("factor", "told"), [(1, False), (1e9, True)])
-def test_fp16_counts_skipped_steps(tmp_path, fp16, capsys, factor, told):
+def test_fp16_counts_skipped_steps(tmp_path, half, capsys, factor, told):
     loop.fit(tmp_path, loop.make_task(losses=lambda *data: loop.losses(*data) * factor), epochs=1)
     assert ("steps had no effect, since gradients overflow" in capsys.readouterr().err) == told
 
 
-def test_fp16_is_tried_before_the_first_step(tmp_path, fp16, monkeypatch):
+def test_fp16_is_tried_before_the_first_step(tmp_path, half, monkeypatch):
     task = loop.make_task(losses=lambda *data: loop.losses(*data) * float("inf"))
     with pytest.raises(InputError, match="became (inf|NaN) in epoch 1: numbers overflow in fp16: try --precision fp32"):
         loop.fit(tmp_path, task)
@@ -225,6 +232,21 @@ def test_weights_without_use_are_a_line_with_several_gpus():
         raise RuntimeError("Expected to have finished reduction in the prior iteration before starting a new one.")
 
 
+@pytest.mark.slow
+def test_bf16_answers_are_those_of_fp32(kit, tmp_path):
+    """One adapter of SmolLM2 and the sample's test papers: in float32, in bf16, and in bf16 one paper at a time."""
+    kit("make_llm_data.py")
+    assert kit("lora_finetune.py", "--model", "embedded", "--epochs", 1, "--precision", "bf16").returncode == 0
+    found = []
+    for flags in (["fp32"], ["bf16"], ["bf16", "--batch-size", 1]):
+        assert kit("lora_predict.py", "--precision", *flags).returncode == 0
+        found.append(pd.read_csv(tmp_path / "outputs/lora/test.csv", index_col="uuid")["prob"])
+    exact = found.pop(0)
+    for probs in found:
+        assert probs.nunique() >= 36 and (probs - exact).abs().mean() <= 0.01
+        assert probs.corr(exact, method="spearman") >= 0.98
+
+
 # ---- 4 bits ----------------------------------------------------------------------------------------------------------
 
 
@@ -236,18 +258,34 @@ def test_4bit_without_bitsandbytes_is_a_line(kit, tmp_path, tiny_llm):
     assert done.returncode == 2 and "pip install -r requirements-4bit.txt" in done.stderr
 
 
+@needs_bitsandbytes
+def test_4bit_gradients_are_those_of_the_weights_it_keeps(tiny_llm, papers):
+    """Also after a prediction, for which bitsandbytes packs the weights in another way on some CPUs."""
+    accelerator, found = training.make_accelerator("fp32"), []
+    args = Namespace(method="lora", target_modules=None, rank=4, alpha=8, dropout=0.0, gradient_checkpointing=False)
+    for rounded in (False, True):
+        model, tokenizer = llm.load_llm(tiny_llm, accelerator, four_bit=True)
+        model = model.dequantize() if rounded else model
+        scorer = llm.Scorer(lora_finetune.add_adapter(model, args, 1), tokenizer)
+        items = llm.encode_items(tokenizer, build_items(papers[0].head(3), ["title"]), 200)
+        with torch.no_grad():
+            scorer.eval().probs(items)
+        scorer.train()(items).sum().backward()
+        found.append([weight.grad for weight in scorer.parameters() if weight.requires_grad])
+    assert sum(grad.abs().sum() > 0 for grad in found[0]) == len(found[0]) / 2, "those of every B matrix"
+    assert all(torch.allclose(packed, plain, rtol=1e-3, atol=1e-6) for packed, plain in zip(*found))
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(not find_spec("bitsandbytes"), reason="needs requirements-4bit.txt, which .ci/run installs")
-def test_4bit_learns_the_sample(tmp_path):
-    """SmolLM2 with weights in 4 bits on a CPU: trained, loaded again and scored, never merged."""
-    for script, *flags in [
-        ("make_llm_data.py", "--fields", "title"),
-        ("lora_finetune.py", "--model", "embedded", "--load-in-4bit", "--epochs", 5, "--max-length", 100),
-        ("lora_predict.py",),
-    ]:
-        process = start(script, tmp_path, *flags)
-        assert not process.communicate()[1].count("Traceback") and process.returncode == 0
-    metrics = json.loads((tmp_path / "lora" / "metrics.json").read_text())
-    assert metrics["settings"]["load_in_4bit"] is True
-    probs, answers = (pd.read_csv(path, index_col="uuid") for path in (tmp_path / "lora/test.csv", LABELS))
+@needs_bitsandbytes
+def test_4bit_learns_the_sample(kit, tmp_path, monkeypatch):
+    """SmolLM2 with weights in 4 bits: trained, loaded again, scored."""
+    monkeypatch.setattr(llm, "merge_adapter", None)  # merging would round to 4 bits again
+    train = ["lora_finetune.py", "--model", "embedded", "--load-in-4bit", "--epochs", 4]
+    for command in (["make_llm_data.py"], train, ["lora_predict.py"]):
+        done = kit(*command)
+        assert done.returncode == 0, done.stderr
+    lora = tmp_path / "outputs" / "lora"
+    assert json.loads((lora / "metrics.json").read_text())["settings"]["load_in_4bit"] is True
+    probs, answers = (pd.read_csv(path, index_col="uuid") for path in (lora / "test.csv", SAMPLE / "test_labels.csv"))
     assert scores(answers["label"], probs.loc[answers.index, "prob"])["f1"] >= 0.85
