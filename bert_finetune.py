@@ -199,6 +199,7 @@ def predict_with(accelerator, args, folder, papers):
         papers = encode(tokenizer, papers, kit["fields"], kit["max_length"])
     model = accelerator.prepare_model(model, evaluation_mode=True)
     probs = training.predict(accelerator, model, papers, Task(tokenizer, accelerator.device, kit))
+    del model
     accelerator.free_memory()
     return probs, time.perf_counter() - started
 

@@ -188,6 +188,7 @@ def train_adapters(accelerator, args, folder):
             model = add_adapter(llm.load_llm(args.model, accelerator, args.load_in_4bit)[0], args, plan.seed)
         runs.append(train_one(accelerator, args, plan, folder / plan.name, kit, model, tokenizer, papers))
         model = None
+        accelerator.free_memory()
     if accelerator.is_main_process:
         write_summary(accelerator, folder, plans, runs)
 
@@ -201,7 +202,6 @@ def train_one(accelerator, args, plan, folder, kit, model, tokenizer, papers):
     record = {**kit["settings"], **{key: kit[key] for key in ("model", "fields", "items", "split")}, "seed": plan.seed}
     done = training.fit(accelerator, scorer, task, inside, outside, folder, own_args, record, shape="cosine")
     llm.check_adapter(scorer.to(accelerator.device), outside)
-    accelerator.free_memory()
     return done
 
 

@@ -152,7 +152,7 @@ class FourBit(torch.nn.Module):
         self.weight = torch.nn.Parameter(packed, requires_grad=False)
 
     def forward(self, values):
-        return Unpack.apply(values.to(torch.bfloat16), self.weight, self.shape)
+        return Unpack.apply(values.to(torch.bfloat16), self.weight, self.shape).clone()  # as peft does
 
 
 def papers(count):
@@ -253,8 +253,10 @@ def make_accelerator():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", metavar="MODEL", choices=MODELS, help=f"of {', '.join(MODELS)}")
+    parser.add_argument("models", nargs="*", metavar="MODEL", help=f"of {', '.join(MODELS)}")
     chosen = parser.parse_args().models
+    if not set(chosen) <= set(MODELS):
+        parser.error(f"MODEL is one of {', '.join(MODELS)}")
     warnings.filterwarnings("ignore")
     columns = ["model", "train 4", "train 8", "train 16", "train 4, no checkpointing", "predict 16", "predict 64"]
     columns += ["4 bits: train 4", "4 bits: predict 16", "kernels of a step of 4"]

@@ -1,5 +1,6 @@
 """GPUs that aren't there: what the kit decides about cards, and 4-bit weights, which a CPU computes, too."""
 
+import gc
 import json
 from argparse import Namespace
 from importlib.util import find_spec
@@ -10,7 +11,9 @@ import test_training as loop
 import torch
 from accelerate.state import AcceleratorState
 from conftest import SAMPLE
+from transformers import PreTrainedModel
 
+import bert_finetune
 import lora_finetune
 from common import InputError
 from lib import gpu, llm, training
@@ -138,6 +141,27 @@ def test_auto_takes_what_fits(free, four_bit, name):
 )
 def test_checkpointing_where_it_is_needed(free, papers, layers, width, needed):
     assert llm.needs_checkpointing(free, papers, 512, layers, width) == needed
+
+
+@pytest.mark.parametrize("script", ["lora_finetune.py", "bert_finetune.py"])
+def test_a_fold_frees_its_model(kit, monkeypatch, tiny_llm, tiny_bert, script):
+    """When the next one is loaded, nothing of it is left, also without Python's own search for garbage."""
+    alive, place = [], llm if script == "lora_finetune.py" else bert_finetune
+    name = "load_llm" if place is llm else "load_model"
+    load = getattr(place, name)
+
+    def counting(*arguments, **more):
+        alive.append(sum(isinstance(each, PreTrainedModel) for each in gc.get_objects()))
+        return load(*arguments, **more)
+
+    monkeypatch.setattr(place, name, counting)
+    kit("make_llm_data.py", "--fields", "title", "--limit", 24)
+    flags = ["--model", tiny_llm if place is llm else tiny_bert, "--max-length", 200 if place is llm else 60]
+    gc.disable()
+    done = kit(script, *flags, "--folds", 2, "--epochs", 1, "--limit", 24)
+    gc.enable()
+    assert done.returncode == 0, done.stderr
+    assert len(alive) >= 2 and not any(alive)
 
 
 # ---- bf16, and fp16 with scaled gradients, on a CPU ------------------------------------------------------------------
@@ -281,8 +305,8 @@ def test_4bit_gradients_are_those_of_the_weights_it_keeps(tiny_llm, papers):
 def test_4bit_learns_the_sample(kit, tmp_path, monkeypatch):
     """SmolLM2 with weights in 4 bits: trained, loaded again, scored."""
     monkeypatch.setattr(llm, "merge_adapter", None)  # merging would round to 4 bits again
-    train = ["lora_finetune.py", "--model", "embedded", "--load-in-4bit", "--epochs", 4]
-    for command in (["make_llm_data.py"], train, ["lora_predict.py"]):
+    train = ["lora_finetune.py", "--model", "embedded", "--load-in-4bit", "--epochs", 3, "--accumulate", 1]
+    for command in (["make_llm_data.py", "--fields", "title", "author"], train, ["lora_predict.py"]):
         done = kit(*command)
         assert done.returncode == 0, done.stderr
     lora = tmp_path / "outputs" / "lora"
