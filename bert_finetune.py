@@ -35,6 +35,7 @@ from common import (
     run_script,
 )
 from lib import gpu, hub, results, training
+from lib.items import short_copies
 from lib.results import scores
 
 AUTO = "bert-base-uncased"  # with CUDA
@@ -118,20 +119,6 @@ def encode(tokenizer, papers, fields, max_length):
     return [{"input_ids": row, "label": label} for row, label in zip(ids, papers["label"].tolist())]
 
 
-def add_short_copies(train, fields):
-    """The papers and, to learn from, copies of them without the abstract and of the authors alone. How authors are
-    written says much and takes few words: a model that always sees the topic, too, learns the topic instead, and is
-    lost when the test papers are about something else.
-    """
-    copies = [train]
-    if "abstract" in fields and len(fields) > 1:
-        copies.append(train.assign(abstract=""))
-        if "author" in fields:
-            known = train[train["author"] != ""]
-            copies.append(known.assign(**{name: "" for name in fields if name != "author"}))
-    return pd.concat(copies)
-
-
 class Task:
     """What training.py asks for: losses, probabilities and the saving of an encoder."""
 
@@ -169,7 +156,7 @@ def train_one(accelerator, args, plan, train, test, fields, folder):
     tokenizer, model = load_tokenizer(folder), load_model(folder, args.dropout, plan.seed)
     learned = train[~plan.held_out]
     if args.short_copies:
-        learned = add_short_copies(learned, fields)
+        learned = pd.concat([learned, *short_copies(learned, fields)])
     inside, outside = (encode(tokenizer, papers, fields, args.max_length) for papers in (learned, train[plan.held_out]))
     settings = {"model": args.model, "fields": fields, **{name: getattr(args, name) for name in SHAPING}}
     settings |= {"seed": plan.seed, "precision": accelerator.mixed_precision}

@@ -35,9 +35,10 @@ from common import (
     take_recorded,
 )
 from lib import llm, results, training
+from lib.items import build_items, short_copies
 
 SHAPING = ("method", "rank", "alpha", "dropout", "target_modules", "virtual_tokens", "max_length", "load_in_4bit")
-SHAPING += training.SHAPING
+SHAPING += ("short_copies", *training.SHAPING)
 
 
 def read_items(path):
@@ -138,6 +139,8 @@ def parse_args():
     add("--target-modules", nargs="+", metavar="NAME", help="layers that get LoRA, default every linear one")
     add("--virtual-tokens", type=positive_int, default=32, metavar="N", help="of P-tuning v2, default %(default)s")
     add("--max-length", type=positive_int, metavar="N", help="tokens a paper, default 512; of the embedded model 160")
+    add("--short-copies", action=argparse.BooleanOptionalAction, default=True,
+        help="also train on each paper without its abstract, and on its authors alone")  # fmt: skip
     add("--gradient-checkpointing", action=argparse.BooleanOptionalAction,
         help="a third slower, a fraction of the memory; default: where the GPU's memory asks for it")  # fmt: skip
     add("--load-in-4bit", action="store_true", help="keep the model's weights in 4 bits: a third of the memory; needs "
@@ -186,22 +189,35 @@ def train_adapters(accelerator, args, folder):
             log(f"model {len(runs) + 1} of {len(plans)}: {plan.name}")
         if model is None:
             model = add_adapter(llm.load_llm(args.model, accelerator, args.load_in_4bit)[0], args, plan.seed)
-        runs.append(train_one(accelerator, args, plan, folder / plan.name, kit, model, tokenizer, papers))
+        learned, held_out = list(papers[~plan.held_out]), list(papers[plan.held_out])
+        if args.short_copies:
+            learned += encode_copies(tokenizer, train[~plan.held_out], args, kit["instruction"])
+        run = train_one(accelerator, args, plan, folder, kit, model, tokenizer, learned, held_out)
+        run["papers"] *= (~plan.held_out).sum() / len(learned)  # a paper and its copies count as one
+        runs.append(run)
         model = None
         accelerator.free_memory()
     if accelerator.is_main_process:
         write_summary(accelerator, folder, plans, runs)
 
 
-def train_one(accelerator, args, plan, folder, kit, model, tokenizer, papers):
-    """Train the adapter of a peft model and leave it in folder/best. Returns what training.fit returns."""
-    inside, outside = list(papers[~plan.held_out]), list(papers[plan.held_out])
+def encode_copies(tokenizer, train, args, instruction):
+    """The short copies of papers to learn from, encoded: a list of papers for training.py."""
+    copies = []
+    for papers in short_copies(train, args.fields):
+        copies += llm.encode_items(tokenizer, build_items(papers, args.fields, instruction), args.max_length)
+    return copies
+
+
+def train_one(accelerator, args, plan, folder, kit, model, tokenizer, learned, held_out):
+    """Train the adapter of a peft model and leave it in the plan's folder. Returns what training.fit returns."""
     scorer = llm.Scorer(model, tokenizer)
-    task = Task(outside, kit | {"seed": plan.seed})
+    task = Task(held_out, kit | {"seed": plan.seed})
     own_args = argparse.Namespace(**vars(args) | {"seed": plan.seed})
     record = {**kit["settings"], **{key: kit[key] for key in ("model", "fields", "items", "split")}, "seed": plan.seed}
-    done = training.fit(accelerator, scorer, task, inside, outside, folder, own_args, record, shape="cosine")
-    llm.check_adapter(scorer.to(accelerator.device), outside)
+    run = folder / plan.name
+    done = training.fit(accelerator, scorer, task, learned, held_out, run, own_args, record, shape="cosine")
+    llm.check_adapter(scorer.to(accelerator.device), held_out)
     return done
 
 

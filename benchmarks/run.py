@@ -93,7 +93,7 @@ def peer(name, flags, needs="numpy"):
 
 
 BERT = "bert_finetune.py --model embedded --precision fp32"
-LORA = "--model embedded --precision fp32 --epochs 1 --max-length 512 --batch-size 8 --no-gradient-checkpointing"
+LORA = "--model embedded --precision fp32 --epochs 1 --max-length 512 --batch-size 8 --no-short-copies"
 FREE = "baseline.py --fields title abstract"
 GROUPS = {
     "words": Group(

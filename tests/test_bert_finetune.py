@@ -8,12 +8,24 @@ import pandas as pd
 import psutil
 import pytest
 import torch
-from conftest import SAMPLE, TWO_PROCESSES, call, contents, start
+from conftest import SAMPLE, SIZES, TWO_PROCESSES, call, contents, start
 from safetensors.torch import load_file
-from transformers import pipeline
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from transformers import (
+    AutoModel,
+    DebertaV2Config,
+    DebertaV2Tokenizer,
+    ModernBertConfig,
+    PreTrainedTokenizerFast,
+    XLMRobertaConfig,
+    XLMRobertaTokenizer,
+    pipeline,
+)
 
 import bert_finetune
 import common
+from lib import training
+from lib.items import short_copies
 from lib.results import read_predictions, scores
 
 TINY = ["--epochs", "2", "--batch-size", "4", "--max-length", "48", "--lr", "0.003", "--limit", "40"]
@@ -184,11 +196,9 @@ def test_control_tokens_in_a_paper_are_plain_text(encode):
 
 def test_short_copies_of_the_papers_to_learn_from():
     frame = pd.DataFrame({"title": ["t", "u"], "author": ["a", ""], "abstract": ["x", "y"], "label": [1, 0]})
-    copies = bert_finetune.add_short_copies(frame, ["title", "author", "abstract"])
-    assert copies.to_numpy().tolist() == [
-        ["t", "a", "x", 1], ["u", "", "y", 0], ["t", "a", "", 1], ["u", "", "", 0], ["", "a", "", 1]
-    ]  # fmt: skip
-    assert bert_finetune.add_short_copies(frame, ["abstract"]).equals(frame)
+    copies = [copy.to_numpy().tolist() for copy in short_copies(frame, ["title", "author", "abstract"])]
+    assert copies == [[["t", "a", "", 1], ["u", "", "", 0]], [["", "a", "", 1]]]
+    assert short_copies(frame, ["abstract"]) == [] and len(short_copies(frame, ["title", "abstract"])) == 1
 
 
 def test_the_same_answer_in_any_batch(tiny_bert, encode, papers):
@@ -215,6 +225,72 @@ def test_the_same_answer_in_any_batch(tiny_bert, encode, papers):
 def test_refuses(refused, tiny_bert, flags, words):
     flags = [tiny_bert if flag == "TINY" else flag for flag in flags]
     refused("bert_finetune.py", *flags, words=words, HF_HUB_OFFLINE=1)
+
+
+# ---- encoders of other kinds -----------------------------------------------------------------------------------------
+
+
+def make_encoder(kind, folder):
+    """A tiny encoder with random weights and a tokenizer as its kind has it, of the sample's words: a directory."""
+    config, tokenizer, special = {
+        "modernbert": (
+            ModernBertConfig(pad_token_id=0, cls_token_id=2, sep_token_id=3, global_attn_every_n_layers=2, **SIZES),
+            None,
+            ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"],
+        ),
+        "deberta-v2": (
+            DebertaV2Config(relative_attention=True, pos_att_type=["p2c", "c2p"], position_buckets=8, **SIZES),
+            DebertaV2Tokenizer,
+            ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]"],
+        ),
+        "xlm-roberta": (
+            XLMRobertaConfig(pad_token_id=1, max_position_embeddings=66, **SIZES),
+            XLMRobertaTokenizer,
+            ["<s>", "<pad>", "</s>", "<unk>", "<mask>"],
+        ),
+    }[kind]
+    papers = common.read_papers(SAMPLE / "train.csv")
+    texts = common.build_text(papers, ["title", "author"])
+    if tokenizer is None:
+        bpe = Tokenizer(models.BPE(unk_token="[UNK]"))
+        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=500, special_tokens=special))
+        ends = [("[CLS]", 2), ("[SEP]", 3)]
+        bpe.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
+        names = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, **names)
+    else:
+        letters = sorted(set("".join(texts)) - {" "})
+        words = sorted({f"▁{word}" for text in texts for word in text.split() if len(word) > 2})
+        pieces = [("▁", -3.0), *((letter, -6.0) for letter in letters), *((word, -8.0) for word in words)]
+        tokenizer = tokenizer(vocab=[*((token, 0.0) for token in special), *pieces])
+    tokenizer.save_pretrained(folder)
+    config.vocab_size = len(tokenizer)
+    torch.manual_seed(0)
+    AutoModel.from_config(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["modernbert", "deberta-v2", "xlm-roberta"])
+def test_encoders_people_choose_today(kit, tmp_path, kind, monkeypatch):
+    """Trained, killed, resumed; the saved model predicts again what the run predicted."""
+    few = ["--epochs", "1", "--batch-size", "4", "--max-length", "48", "--limit", "24", "--save-minutes", "0"]
+    command = ["bert_finetune.py", "--model", make_encoder(kind, tmp_path / kind), *few]
+    assert kit(*command, "--name", "whole").returncode == 0
+
+    def dying(run):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "score_epoch", dying)
+        assert kit(*command, "--name", "cut").returncode == 130
+    resumed = kit(*command, "--name", "cut", "--resume")
+    assert resumed.returncode == 0 and "resumed after" in resumed.stderr, resumed.stderr
+    whole, cut = (tmp_path / "outputs" / name for name in ("whole", "cut"))
+    assert results(cut) == results(whole)
+    before = probs_of(whole / "test.csv")
+    assert kit("bert_finetune.py", "--predict-only", "--name", "whole", "--limit", "24").returncode == 0
+    assert np.allclose(probs_of(whole / "test.csv"), before, atol=1e-6) and before.std() > 0
 
 
 # ---- slow ------------------------------------------------------------------------------------------------------------
