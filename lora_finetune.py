@@ -88,9 +88,11 @@ def add_adapter(model, args, seed):
         named = [name for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)]
         kinds = sorted({name.rpartition(".")[2] for name in named})
         raise InputError(f"--target-modules: {str(error).splitlines()[0]} linear layers: {few(kinds, 20)}") from None
-    if args.gradient_checkpointing is None:
+    if args.method != "lora":  # prefixes come as a cache, which checkpointing would throw away
+        args.gradient_checkpointing = None
+    elif args.gradient_checkpointing is None:
         args.gradient_checkpointing = needs_checkpointing(model, args)
-    if args.gradient_checkpointing and args.method == "lora":  # prefixes come as a cache, which it would throw away
+    if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
 
@@ -129,7 +131,7 @@ def parse_args():
     parser = arg_parser(__doc__, recorded="make_llm_data.py")
     add = parser.add_argument_group("model and adapter").add_argument
     add("--model", default="auto", metavar="M", help=f"hub name, directory, 'embedded' (SmolLM2-135M), or 'auto': "
-        f"{llm.AUTO} with CUDA, embedded without")  # fmt: skip
+        f"with CUDA {llm.AUTO}, or a smaller Qwen3 that fits; embedded without")  # fmt: skip
     add("--data", type=Path, metavar="FILE", help="default: paper_label.json under --out-dir")
     add("--name", default="lora", help="folder under --out-dir, default %(default)s")
     add("--method", choices=("lora", "p-tuning-v2"), default="lora", help="default %(default)s")

@@ -171,7 +171,7 @@ def model_advice():
 def step_advice(args, processes=1):
     """memory_advice for a training step: the flag and the next value to try."""
     at_once = args.batch_size // (args.accumulate * processes)
-    if not getattr(args, "gradient_checkpointing", True):
+    if getattr(args, "gradient_checkpointing", None) is False:
         advice = "--gradient-checkpointing (same result, a third slower)"
     elif at_once > 1:
         advice = f"--accumulate {args.accumulate * 2} (same result) or --batch-size {args.batch_size // 2}"
