@@ -53,6 +53,8 @@ def call(folder, script, *flags, **env):
             common.run_script(importlib.import_module(script.removesuffix(".py")).main)
         except SystemExit as end:
             code = end.code
+        if state := sys.modules.get("accelerate.state"):  # a new process may choose another precision
+            state.AcceleratorState._reset_state()
     return subprocess.CompletedProcess(flags, code, *(each.buffer.getvalue().decode() for each in (out, err)))
 
 
