@@ -154,7 +154,7 @@ def test_says_what_is_odd_of_train_and_test(kit, write_csv):
     rows = [["uuid", "title", "abstract"], ["x7", train["title"][3], train["abstract"][3]], ["x8", "a", "b"]]
     done = kit("baseline.py", "--test", write_csv("t.csv", rows), "--limit", 60)
     assert "1 test papers are in" in done.stderr and "uuid x7" in done.stderr
-    assert "field author is left out: no such column in test" in done.stderr
+    assert "field author is left out: no such column, or an empty one, in test" in done.stderr
     assert "--limit 60" in done.stderr and "60 out of fold" in done.stdout
 
 
