@@ -38,10 +38,11 @@ from lib.results import scores
 
 MODELS = {"lr": "logistic regression", "nb": "naive Bayes", "svm": "linear SVM", "rf": "random forest"}
 WORD = r"\w+|[^\w\s]"  # a punctuation mark is a word: how abstracts are punctuated tells a little
-STRENGTH = {"lr": 30, "nb": 0.01, "svm": 1, "rf": 1}  # defaults of --strength
-GRID = {"lr": (3, 10, 30, 100), "nb": (0.003, 0.01, 0.03, 0.1), "svm": (0.1, 0.3, 1, 3), "rf": (1, 2, 4)}
+STRENGTH = {"lr": 30, "nb": 0.01, "svm": 1, "rf": 1}  # C of lr and svm, alpha of nb, least papers in a leaf of rf
 AUTHOR_WEIGHT = 2  # of the author's characters, where the words weigh 1
-AUTHOR_WEIGHTS = (0.5, 1, 2, 4)  # what --tune tries
+# What --tune tries.
+STRENGTHS = {"lr": (3, 10, 30, 100), "nb": (0.003, 0.01, 0.03, 0.1), "svm": (0.1, 0.3, 1, 3), "rf": (1, 2, 4)}
+AUTHOR_WEIGHTS = (0.5, 1, 2, 4)
 SMOOTHING = 0.1  # added to each class's use of an n-gram
 BLOCK = 5_000  # test papers scored at a time, so that memory doesn't grow with their number
 STRONGEST = 15  # n-grams a label in metrics.json
@@ -171,17 +172,20 @@ def choose_columns(counts, labels, settings):
     return Columns(chosen, tfidf, scale)
 
 
-def new_model(settings, smallest_class):
-    """An unfitted classifier. strength: C of lr and svm, alpha of nb, least papers in a leaf of rf."""
+def new_model(settings, labels):
+    """An unfitted classifier for training papers with these labels. Raises InputError if an SVM has too few of them."""
     name, strength, seed = settings["model"], settings["strength"], settings["seed"]
     if name == "lr":
         return LogisticRegression(C=strength, solver="liblinear", dual=True, max_iter=1000, random_state=seed)
     if name == "nb":
         return MultinomialNB(alpha=strength)
-    if name == "svm":
-        svm = LinearSVC(C=strength, random_state=seed)
-        return CalibratedClassifierCV(svm, cv=min(5, smallest_class), ensemble=False)
-    return RandomForestClassifier(200, min_samples_leaf=int(strength), random_state=seed, n_jobs=-1)
+    if name == "rf":
+        return RandomForestClassifier(200, min_samples_leaf=strength, random_state=seed, n_jobs=-1)
+    least = np.bincount(labels, minlength=2).min()
+    if least < 2:  # the SVM's probabilities come from folds of its training papers
+        raise InputError(f"--model svm or all needs 2 papers of each class beside every fold, there is {least}: give "
+                         "another --model, more --folds or more papers")
+    return CalibratedClassifierCV(LinearSVC(C=strength, random_state=seed), cv=min(5, least), ensemble=False)
 
 
 def fit(counts, labels, settings):
@@ -192,7 +196,7 @@ def fit(counts, labels, settings):
         if weight:
             blocks[block] = choose_columns(matrix, labels, settings)
             blocks[block].scale *= weight
-    fitted = Fitted(blocks, new_model(settings, np.bincount(labels).min()))
+    fitted = Fitted(blocks, new_model(settings, labels))
     fitted.model.fit(fitted.features(counts), labels)
     return fitted
 
@@ -271,10 +275,11 @@ def reference_rows(train, labels, folds, fields):
     return table
 
 
-def tune(counts, labels, folds, settings, weights):
-    """Grid search by out-of-fold log-loss. `weights`: of the authors, to try. Returns settings with the best values."""
+def tune(counts, labels, folds, settings):
+    """Grid search by out-of-fold log-loss. Returns settings with the best values."""
     best, lowest = None, np.inf
-    for strength, weight in tqdm(list(product(GRID[settings["model"]], weights)), desc="tune"):
+    weights = AUTHOR_WEIGHTS if len(counts) > 1 else [AUTHOR_WEIGHT]
+    for strength, weight in tqdm(list(product(STRENGTHS[settings["model"]], weights)), desc="tune"):
         trial = {**settings, "strength": strength, "author_weight": weight}
         loss = scores(labels, out_of_fold(counts, labels, folds, trial))["log_loss"]
         if loss < lowest:
@@ -292,15 +297,13 @@ def compare_models(counts, labels, folds, fields, args):
         settings = {
             "features": args.features,
             "model": name,
-            "strength": args.strength or STRENGTH[name],
-            "author_weight": AUTHOR_WEIGHT if args.author_weight is None else args.author_weight,
+            "strength": STRENGTH[name],
+            "author_weight": AUTHOR_WEIGHT,
             "max_features": args.max_features,
             "seed": args.seed,
         }
         if args.tune:
-            is_open = len(counts) > 1 and args.author_weight is None
-            weights = AUTHOR_WEIGHTS if is_open else [settings["author_weight"]]
-            settings = tune(counts, labels, folds, settings, weights)
+            settings = tune(counts, labels, folds, settings)
         trials = [(MODELS[name], fields, settings)]
         if len(counts) > 1:
             trials.append((f"{MODELS[name]}, no author", words, {**settings, "author_weight": 0}))
@@ -337,24 +340,9 @@ def parse_args():
     add("--model", choices=(*MODELS, "all"), default="lr", help="default %(default)s: " + str(MODELS))
     add("--ngrams", type=positive_int, default=2, metavar="N", help="runs of up to N words, default 2")
     add("--max-features", type=positive_int, metavar="N", help="only the N n-grams in most papers, default all")
-    add("--author-weight", type=bounded(float, 0, 1e6), metavar="W", help="default 2, or 0 if that does better")
-    add("--strength", type=bounded(float, 1e-6, 1e6), help="C of lr and svm, alpha of nb, least papers in a leaf of rf")
     add("--folds", type=bounded(int, 2, 1000), default=5, metavar="K", help="default %(default)s")
-    add("--tune", action="store_true", help="grid search over strength and author weight")
-    args = parser.parse_args()
-    if args.strength is not None and (args.model == "all" or args.tune):
-        parser.error("--strength goes with one --model and without --tune")
-    if args.strength is not None and args.model == "rf" and args.strength % 1:
-        parser.error(f"--strength {args.strength}: of a forest it is a whole number of papers")
-    return args
-
-
-def check_svm(labels, folds, args):
-    """The SVM's probabilities come from folds of their own. Raises InputError if a fold has too few papers for that."""
-    least = min(np.bincount(labels[folds != fold], minlength=2).min() for fold in range(folds.max() + 1))
-    if args.model in ("svm", "all") and least < 2:
-        raise InputError(f"--model {args.model} with --folds {args.folds}: an SVM needs 2 papers of each class beside "
-                         f"every fold, there is {least}; give another --model, more --folds or more papers")
+    add("--tune", action="store_true", help="grid search over regularisation and author weight")
+    return parser.parse_args()
 
 
 def predict_test(fitted, test, fields, longest):
@@ -369,13 +357,11 @@ def compare_and_predict(args, folder):
     train, test, fields = common.load_papers(args)
     labels = train["label"].to_numpy()
     folds = common.fold_numbers(train, args.folds, args.seed)
-    check_svm(labels, folds, args)
     counts = count_ngrams(train, fields, args.ngrams)
 
     candidates = compare_models(counts, labels, folds, fields, args)
-    allowed = [one for one in candidates if args.author_weight in (None, one.settings["author_weight"])]
     author_free = [one for one in candidates if "author" not in one.fields]
-    best = max(allowed, key=Candidate.rank)
+    best = max(candidates, key=Candidate.rank)
     table = reference_rows(train, labels, folds, fields)
     table += [candidate_row(one, labels, folds) for one in candidates]
 
@@ -400,8 +386,8 @@ def compare_and_predict(args, folder):
     }
     results.save_results(folder, metrics, test, test_probs, train, best.probs)
     print(results.score_table(table))
-    if len(allowed) > 1:
-        print(describe_choice(best, allowed))
+    if len(candidates) > 1:
+        print(describe_choice(best, candidates))
     results.warn_one_class(test_probs >= 0.5, labels)
     results.write_submission(folder / "submit_task1.csv", test, test_probs >= 0.5, args.out_dir, args.keywords)
 

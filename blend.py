@@ -50,14 +50,18 @@ class Model:
     metrics: dict  # its metrics.json; {} for a model of the user's own
 
 
-def check_uuids(path, uuids, papers, side):
-    """Raise InputError unless all uuids in a model's file are of `papers`, each once."""
-    if uuids.duplicated().any():
-        raise InputError(f"{path} repeats uuid {few(uuids[uuids.duplicated()])}: write each paper once")
-    known = uuids.isin(papers["uuid"])
-    if not known.all():
-        raise InputError(f"{path}: uuid {few(uuids[~known])} is not in the {side} file (or is beyond --limit): copy "
-                         f"the uuids from there as text, or move {path.parent} away")
+def refuse(path, uuids, fault):
+    """Raise InputError if there are any uuids that have this fault."""
+    if len(uuids):
+        raise InputError(f"{path}: uuid {few(uuids)} {fault}: correct the file, or move {path.parent} away")
+
+
+def read_side(path, papers, side):
+    """A frame of prob (and label) by uuid, from a model's file. Raises InputError unless all are of `papers`, once."""
+    found = read_predictions(path).set_index("uuid")
+    refuse(path, found.index[found.index.duplicated()], "is there more than once")
+    refuse(path, found.index[~found.index.isin(papers["uuid"])], f"is not in the {side} file (or is beyond --limit)")
+    return found
 
 
 def read_model(folder, train, test, record):
@@ -71,24 +75,16 @@ def read_model(folder, train, test, record):
         if metrics and metrics["papers"].get(f"{side}_fingerprint") != record[f"{side}_fingerprint"]:
             raise InputError(f"{folder} holds predictions made with another {side} file (or another --limit): run its "
                              f"script again, or move {folder} away")
-    valid, predicted = read_predictions(folder / "valid.csv"), read_predictions(folder / "test.csv")
-    check_uuids(folder / "valid.csv", valid["uuid"], train, "train")
-    check_uuids(folder / "test.csv", predicted["uuid"], test, "test")
-    if len(predicted) < len(test):
-        missing = test["uuid"][~test["uuid"].isin(predicted["uuid"])]
-        raise InputError(f"{folder / 'test.csv'} lacks uuid {few(missing)}: predict every paper of the test file")
-    held_out = metrics["papers"].get("held_out") if metrics else None
-    if held_out not in (None, len(valid)):
-        raise InputError(f"{folder / 'valid.csv'} has {len(valid)} papers, but {held_out} were held out: run its "
-                         "script again")
+    valid_path, test_path = folder / "valid.csv", folder / "test.csv"
+    valid, predicted = read_side(valid_path, train, "train"), read_side(test_path, test, "test")
+    if metrics and metrics["papers"].get("held_out") != len(valid):
+        raise InputError(f"{valid_path} does not hold the papers that were held out: run its script again")
+    refuse(test_path, test["uuid"][~test["uuid"].isin(predicted.index)], "is missing")
     if "label" not in valid:
-        raise InputError(f"{folder / 'valid.csv'} has no column label: write uuid, label and prob")
-    wrong = valid["label"].to_numpy() != train.set_index("uuid")["label"].loc[valid["uuid"]].to_numpy()
-    if wrong.any():
-        raise InputError(f"{folder / 'valid.csv'}: the label of uuid {few(valid['uuid'][wrong])} is another one in the "
-                         "train file: were rows put in another order?")
-    test_probs = predicted.set_index("uuid")["prob"].loc[test["uuid"]].to_numpy()
-    return Model(folder.name, valid.set_index("uuid")["prob"], test_probs, metrics)
+        raise InputError(f"{valid_path} has no column label: write uuid, label and prob")
+    labels = train.set_index("uuid")["label"].loc[valid.index]
+    refuse(valid_path, valid.index[valid["label"] != labels], "has another label in the train file (another order?)")
+    return Model(folder.name, valid["prob"], predicted["prob"].loc[test["uuid"]].to_numpy(), metrics)
 
 
 def read_models(out_dir, train, test, record):
@@ -210,20 +206,20 @@ def make_tables(metrics, labels, probs, test_labels, test_probs, mixture):
     papers, whose labels may be None; `mixture`: what the blend consists of.
     """
     fields = {name: " ".join(m.get("fields", ["own model"])) for name, m in metrics.items()}
-
-    def rows(labels, probs, which, blend_note):
-        notes = {**fields, "blend": blend_note}
-        return [(name, scores(labels, p), f"{len(labels)} {which}, {notes[name]}") for name, p in probs.items()]
-
-    tables = [("Held-out papers", rows(labels, probs, "held out", "weights chosen on the other half"))]
-    if test_labels is not None:
-        tables.append(("Test papers", rows(test_labels, test_probs, "test papers", mixture)))
-    more = []  # what the models say of further papers, and what the baseline compares itself with
+    held_out, tested, more = [], [], []
+    for name, values in probs.items():
+        note = fields.get(name, "weights chosen on the other half")
+        held_out.append((name, scores(labels, values), f"{len(labels)} held out, {note}"))
+        if test_labels is not None:
+            note = f"{len(test_labels)} test papers, {fields.get(name, mixture)}"
+            tested.append((name, scores(test_labels, test_probs[name]), note))
     for name, m in metrics.items():
-        if m.get("scores") and m["papers"].get("held_out", 0) > len(labels):
+        if "scores" in m and m["papers"]["held_out"] > len(labels):
             more.append((name, m["scores"], f"{m['papers']['held_out']} held out, {fields[name]}"))
-        more += m.get("table", [])
-    return [*tables, ("For comparison, each model on all papers it held out", more)] if more else tables
+        more += m.get("table", [])  # what the baseline compares itself with
+    tables = {"Held-out papers": held_out, "Test papers": tested}
+    tables["For comparison, each model on all papers it held out"] = more
+    return [(title, rows) for title, rows in tables.items() if rows]
 
 
 def read_keyword_metrics(folder, record):
@@ -236,10 +232,9 @@ def read_keyword_metrics(folder, record):
 def read_failed(out_dir):
     """The stages that run.sh noted in failed.txt, except those that have left a newer result since."""
     path = out_dir / "failed.txt"
-    if not path.is_file():
-        return []
+    stages = path.read_text(encoding="utf-8").split() if path.is_file() else []
     failed, folders = [], {"llm-data": "lora", "lora-predict": "lora"}  # the other stages have their own folder
-    for stage in path.read_text(encoding="utf-8", errors="replace").split():
+    for stage in stages:
         result = out_dir / folders.get(stage, stage) / "metrics.json"
         if not result.is_file() or result.stat().st_mtime <= path.stat().st_mtime:
             failed.append(stage)
@@ -301,10 +296,8 @@ def main():
         test_labels=test_labels,
         test_probs=test_probs,
     )
-    if estimates := report.board_estimates(found):
-        print("\nBoard estimate (inferred, not official)")
-    for which, f1, recall, estimate in estimates:
-        print(f"{estimate:.4f} = 0.4 x {f1:.4f} (F1, {which}) + 0.6 x {recall:.4f} (case-sensitive recall of keywords)")
+    for estimate, parts in report.board_estimates(found):
+        print(f"board estimate (inferred, not official): {estimate:.4f} = {parts}")
     report.write(args.out_dir, found)
 
 

@@ -14,17 +14,11 @@ from scipy.stats import binomtest
 from common import log
 from lib import plots
 from lib.plots import LABELS
-from lib.results import atomic_write, scores
+from lib.results import atomic_write, board_estimate, scores
 
 TITLE = "Medical or not: the report"
-SCORES = {  # name in metrics.json -> name in the report
-    "f1": "F1",
-    "accuracy": "accuracy",
-    "precision": "precision",
-    "recall": "recall",
-    "auc": "AUC",
-    "log_loss": "log-loss",
-}
+SCORES = ("F1", "accuracy", "precision", "recall", "AUC", "log-loss")
+KEYS = [name.lower().replace("-", "_") for name in SCORES]  # in metrics.json
 
 
 @dataclass
@@ -57,16 +51,12 @@ class Section:
     bars: dict = field(default_factory=dict)  # {label: [(n-gram, weight), largest first]}
     papers: list = field(default_factory=list)  # one a row: its author and abstract, which the first cell can show
 
-    def column_kinds(self):
-        """{column: how the page sets it: "number", "wide" (long text) or "text"}."""
-        kinds = {}
-        for column in self.rows[0]:
-            cells = [row[column] for row in self.rows]
-            if all(re.fullmatch(r"[\d.,]+( ✗| s| min| ± \S+)?|–", cell) for cell in cells):
-                kinds[column] = "number"
-            else:
-                kinds[column] = "wide" if max(map(len, cells)) > 30 else "text"
-        return kinds
+    def column_kind(self, column):
+        """How the page sets a column: "number", "wide" (long text) or "text"."""
+        cells = [row[column] for row in self.rows]
+        if all(re.fullmatch(r"[\d.,]+( ✗| s| min| ± \S+)?|–", cell) for cell in cells):
+            return "number"
+        return "wide" if max(map(len, cells)) > 30 else "text"
 
 
 def number(value, digits=4):
@@ -98,13 +88,13 @@ def submitted_scores(found):
 
 
 def board_estimates(found):
-    """What the board may show: (which papers F1 is of, F1, case-sensitive recall of keywords, estimate), one for the
-    held-out papers and, with labels, one for the test papers. Empty if the recall is not known.
+    """What the board may show, with F1 of held-out papers and of test papers, where known: (estimate, its two parts).
+    Empty if the recall of the keywords is not known.
     """
     recall = found.keyword_recall
-    if recall is None:
-        return []
-    return [(papers, f1, recall, 0.4 * f1 + 0.6 * recall) for papers, f1, _ in submitted_scores(found)]
+    for papers, f1, _ in submitted_scores(found) if recall is not None else ():
+        parts = f"0.4 × F1 {f1:.4f} on {papers} + 0.6 × case-sensitive recall of keywords {recall:.4f}"
+        yield board_estimate(f1, recall), parts
 
 
 def make_tiles(found):
@@ -112,9 +102,8 @@ def make_tiles(found):
     tiles = []
     for papers, f1, (low, high) in submitted_scores(found):
         tiles.append((f"{f1:.3f}", f"F1 on {papers}, 95 % interval {low:.3f} to {high:.3f}"))
-    for papers, f1, recall, estimate in board_estimates(found)[-1:]:
-        meaning = f"board estimate (inferred): 0.4 × F1 {f1:.3f} on {papers} + 0.6 × keyword recall {recall:.3f}"
-        tiles.append((f"{estimate:.3f}", meaning))
+    for estimate, parts in board_estimates(found):
+        tiles.append((f"{estimate:.3f}", f"board estimate (inferred, not official): {parts}"))
     guess = found.test_probs[found.chosen] >= 0.5
     tiles.append((f"{guess.mean():.1%}", f"of {len(guess):,} test papers are called medical"))
     tiles.append((number(found.auc, 2), "AUC of telling train from test, 0.5 = alike"))
@@ -125,72 +114,61 @@ def describe_auc(auc):
     """What the AUC of telling train from test means, in a sentence."""
     if auc is None:
         return "train and test were not compared: too few papers or no text"
-    finding = f"A classifier that sees only the text tells train from test with AUC {auc:.2f} (0.5 = alike)"
+    finding = f"AUC {auc:.2f} of a classifier that tells train from test by text (0.5 = alike)"
+    if auc < 0.4:
+        return f"{finding}: worse than a guess, by chance or by near-copies; it shows no difference."
     if auc < 0.6:
         return f"{finding}: held-out scores should carry over to the test papers."
     if auc < 0.7:
         return f"{finding}: they differ a little; held-out scores may be somewhat too good."
-    return (
-        f"warning: {finding}: the test papers are about other things than the training papers. Held-out scores say how "
-        "well a model does on papers like those of train; expect less on test, most of all without the authors."
-    )
+    return f"warning: {finding}: they are about other things; expect lower scores on test."
 
 
 def describe_trust(found):
     """How far to trust the scores, in sentences. If one begins with "warning", the page highlights them."""
-    sentences, count = [describe_auc(found.auc), found.one_class], len(found.papers)
+    count = len(found.papers)
+    sentences = [describe_auc(found.auc)]
+    if found.one_class:
+        sentences.append(found.one_class)
     if found.failed:
         sentences.append(f"warning: failed in the last run: {', '.join(found.failed)}. What these stages left before, "
                          "if anything, is used here.")
-    held_out = f"{count:,} papers were held out by every model: one more or less right is {1 / count:.4f} of accuracy."
+    sentences.append(f"{count:,} papers were held out by every model: one more or less right is {1 / count:.4f} of "
+                     "accuracy.")
     if len(found.metrics) > 1:
-        held_out += " What is submitted was chosen on these very papers, so its scores there are a little too good."
-    sentences.append(held_out)
+        sentences.append("What is submitted was chosen on these very papers: its scores there are a little too good.")
     table = found.metrics.get("baseline", {}).get("table", [])
-    references = {name: values["accuracy"] for name, values, _ in table}
-    rule = references.get("author rule", 0)
-    if rule >= 0.9:
-        authors = f"The way authors are written, and nothing else, tells the label of {rule:.2%} of the training "
-        authors += "papers: a model that reads authors need not understand a paper."
-        if free := [accuracy for name, accuracy in references.items() if name.endswith("no author")]:
-            authors += f" Without authors the baseline is right on {max(free):.2%}."
-        sentences.append(authors)
-    return [sentence for sentence in sentences if sentence]
+    accuracy = {name: values["accuracy"] for name, values, _ in table}
+    if accuracy.get("author rule", 0) >= 0.9:
+        free = [accuracy[name] for name in accuracy if name.endswith("no author")]
+        sentences.append(f"The way authors are written, and nothing else, tells the label of "
+                         f"{accuracy['author rule']:.2%} of the training papers: a model that reads authors need not "
+                         f"understand a paper. Without authors the baseline is right on {max(free, default=0):.2%}.")
+    return sentences
 
 
 # ---- sections --------------------------------------------------------------------------------------------------------
 
 
+def score_cells(values):
+    """{name in the report: text} of scores."""
+    return {name: number(values.get(key)) for name, key in zip(SCORES, KEYS)}
+
+
 def score_section(title, scored):
     """`scored`: (name, scores, note), as in lib.results.score_table."""
-    rows = []
-    for name, values, note in scored:
-        cells = {SCORES[key]: number(values.get(key)) for key in SCORES}
-        rows.append({"model": name, **cells, "papers, fields": note})
+    rows = [{"model": name, **score_cells(values), "papers, fields": note} for name, values, note in scored]
     return Section(title, rows=rows)
-
-
-def board_section(estimates):
-    """`estimates`: see board_estimates."""
-    rows = []
-    for papers, f1, recall, estimate in estimates:
-        parts = {"F1 of task 1": number(f1), "keyword recall": number(recall)}
-        rows.append({"papers of task 1": papers, **parts, "board estimate": number(estimate)})
-    text = "0.4 × F1 of task 1 + 0.6 × case-sensitive recall of keywords (mean over papers). This is inferred from "
-    text += "scores that teams have published; it is not official."
-    return Section("Board estimate (inferred)", text, rows)
 
 
 def seed_section(metrics):
     """The spread of the scores of models that were trained with several seeds."""
     rows = []
     for name, m in metrics.items():
-        runs = m.get("seeds", [])
-        cells = {}
-        for key, label in SCORES.items():
-            values = pd.Series([run.get(key) for run in runs], dtype=float)
-            cells[label] = f"{number(values.mean())} ± {number(values.std())}"
-        if runs:
+        if "seeds" in m:
+            runs = pd.DataFrame(m["seeds"], columns=KEYS, dtype=float)
+            mean, spread = score_cells(runs.mean()), score_cells(runs.std())
+            cells = {score: f"{mean[score]} ± {spread[score]}" for score in SCORES}
             rows.append({"model": name, "seeds": str(len(runs)), **cells})
     return Section("Over seeds", "Mean ± standard deviation of the scores of each seed.", rows)
 
@@ -222,20 +200,6 @@ def cost_section(stages):
             "memory, MiB": number(memory, 0),
         })
     return Section("Time and memory", "Time of training and predicting, or of the whole script.", rows)
-
-
-def settings_section(metrics):
-    hidden = ("train", "held_out", "fields", "folders")  # fingerprints, and what is said elsewhere
-
-    def to_text(values):
-        shown = [name for name in values if name not in hidden and values[name] is not None]
-        return ", ".join(f"{name} {values[name]}" for name in shown)
-
-    rows = []
-    for name, m in metrics.items():
-        row = {"model": name, "fields": " ".join(m.get("fields", []))}
-        rows.append({**row, "settings": to_text(m.get("settings", {})), "versions": to_text(m.get("versions", {}))})
-    return Section("Settings", rows=rows)
 
 
 def keyword_section(keywords):
@@ -271,33 +235,26 @@ def hardest_section(papers, probs, models):
     return Section(f"The {len(rows)} hardest of the held-out papers", text, rows, papers=chosen)
 
 
-def strongest_sections(strongest):
-    """What n-grams tell the baseline. `strongest`: {"words" or "author": {label: [[n-gram, weight]]}}."""
-    titles = {
-        "words": ("What words tell the baseline", "a punctuation mark is a word"),
-        "author": ("What the way authors are written tells the baseline", "␣ is a blank"),
-    }
-    for block, (title, hint) in titles.items():
-        bars, rows = {}, []
-        for label in ("1", "0"):
-            ngrams = strongest.get(block, {}).get(label, [])
-            if block == "author":
-                ngrams = [(name.replace(" ", "␣"), weight) for name, weight in ngrams]
-            bars[LABELS[int(label)]] = ngrams
-            rows += [{"label": label, "n-gram": name, "weight": f"{weight:.2f}"} for name, weight in ngrams]
-        yield Section(title, f"The n-grams with the highest weight for each label; {hint}.", rows, bars=bars)
+def strongest_section(title, by_label, hint, blank=" "):
+    """What n-grams tell the baseline. `by_label`: {"0" or "1": [[n-gram, weight], ...]}; `blank`: how one is shown."""
+    bars, rows = {}, []
+    for label in ("1", "0"):
+        ngrams = [(name.replace(" ", blank), weight) for name, weight in by_label.get(label, [])]
+        bars[LABELS[int(label)]] = ngrams
+        rows += [{"label": label, "n-gram": name, "weight": f"{weight:.2f}"} for name, weight in ngrams]
+    return Section(title, f"The n-grams with the highest weight for each label; {hint}.", rows, bars=bars)
 
 
 def read_logs(folder, metrics):
     """The frames of log.csv of a model, one a fold; none where there is none."""
     logs, columns = [], ["epoch", "train_loss", "log_loss", "accuracy", "f1", "auc"]
-    for subfolder in metrics.get("settings", {}).get("folders", ["."]):
-        path = folder / subfolder / "log.csv"
-        if path.is_file():
-            try:
-                logs.append(pd.read_csv(path)[columns].astype(float).dropna(subset="epoch"))
-            except (ValueError, KeyError):
-                log(f"warning: {path} is damaged, left out of the report")
+    for path in [folder / name / "log.csv" for name in metrics.get("settings", {}).get("folders", ["."])]:
+        try:
+            logs.append(pd.read_csv(path)[columns].astype(float).dropna(subset="epoch"))
+        except FileNotFoundError:
+            continue
+        except (ValueError, KeyError):
+            log(f"warning: {path} is damaged, left out of the report")
     return [frame for frame in logs if len(frame)]
 
 
@@ -310,8 +267,8 @@ def curve_section(folder, metrics):
         if logs := read_logs(folder / name, m):
             pictures.append(plots.draw_curves(f"{name}: loss by epoch", logs, losses, "loss"))
             pictures.append(plots.draw_curves(f"{name}: held-out score by epoch", logs, valued, "held-out score"))
-    return Section("Learning curves", "Where the held-out loss rises again, training has gone on too long.",
-                   pictures=pictures)
+    text = "Where the held-out loss rises again, training has gone on too long."
+    return Section("Learning curves", text, pictures=pictures)
 
 
 def probability_sections(found):
@@ -332,18 +289,20 @@ def probability_sections(found):
 
 def make_sections(folder, found):
     """All parts of the report in their order; those without content are left out."""
+    stages = {name: m for name, m in found.metrics.items() if m}  # a user's own model may have no metrics.json
+    if found.keywords:
+        stages["keywords"] = found.keywords
+    strongest = found.metrics.get("baseline", {}).get("strongest", {})
     sections = [score_section(title, rows) for title, rows in found.tables]
-    sections.append(board_section(board_estimates(found)))
-    sections.append(seed_section(found.metrics))
-    recorded = {name: m for name, m in found.metrics.items() if m}  # a user's own model may have no metrics.json
-    keywords = {"keywords": found.keywords} if found.keywords else {}
-    sections.append(cost_section(recorded | keywords))
-    sections += [keyword_section(m) for m in keywords.values()]
-    sections.append(curve_section(folder, found.metrics))
-    sections += probability_sections(found)
-    sections += strongest_sections(found.metrics.get("baseline", {}).get("strongest", {}))
+    sections += [seed_section(found.metrics), cost_section(stages)]
+    if found.keywords:
+        sections.append(keyword_section(found.keywords))
+    sections += [curve_section(folder, found.metrics), *probability_sections(found)]
+    sections.append(strongest_section("What words tell the baseline", strongest.get("words", {}),
+                                      "a punctuation mark is a word"))
+    sections.append(strongest_section("What the way authors are written tells the baseline",
+                                      strongest.get("author", {}), "␣ is a blank", "␣"))
     sections.append(hardest_section(found.papers, found.probs, list(found.metrics)))
-    sections.append(settings_section(recorded))
     return [section for section in sections if section.rows or section.pictures]
 
 
@@ -354,11 +313,9 @@ def to_html(found, sections):
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True,
                                      undefined=jinja2.StrictUndefined)
-    trust = describe_trust(found)
-    warned = any(sentence.startswith("warning") for sentence in trust)
     template = environment.get_template("report.html")
-    return template.render(title=TITLE, submitted=found.submitted, tiles=make_tiles(found), trust=trust, warned=warned,
-                           sections=sections)
+    tiles, trust = make_tiles(found), describe_trust(found)
+    return template.render(title=TITLE, submitted=found.submitted, tiles=tiles, trust=trust, sections=sections)
 
 
 def md_text(text):

@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 from filelock import FileLock, Timeout
 
-from common import InputError, clean, few, fingerprint, log, read_label, read_rows
+from common import InputError, clean, few, fingerprint, label_column, log, read_columns, read_label
 
 METRICS = ("accuracy", "precision", "recall", "f1", "auc", "log_loss")
 RERUN = "run the script that writes it again"
@@ -46,8 +46,11 @@ def score_table(rows):
     frame = pd.DataFrame([{"model": name, **values, "papers, fields": note} for name, values, note in rows])
     frame = frame.astype(dict.fromkeys(METRICS, float))
     for name in ("model", "papers, fields"):  # to_string would push text to the right
-        frame[name] = frame[name].str.ljust(frame[name].str.len().max())
-    table = frame.to_string(index=False, float_format="{:.4f}".format, na_rep="–", justify="left")
+        padded = pd.Series([name, *frame[name]])
+        padded = padded.str.ljust(padded.str.len().max()).tolist()
+        frame[name] = padded[1:]
+        frame = frame.rename(columns={name: padded[0]})
+    table = frame.to_string(index=False, float_format="{:.4f}".format, na_rep="–")
     return "\n".join(line.rstrip() for line in table.splitlines())
 
 
@@ -55,18 +58,20 @@ def score_table(rows):
 
 
 @contextmanager
-def with_filename(path):
-    """Add `path` to an OSError that names no file (disk full), and turn a library's error about the disk into one."""
+def blame(path, part):
+    """Let an error about the disk name `path`. Python names `part`, or nothing where the disk is full; safetensors and
+    tokenizers, written in Rust, say '… (os error 28)'.
+    """
     try:
         yield
-    except OSError as error:
-        error.filename = error.filename or str(path)
+    except Exception as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if isinstance(error, OSError):
+            if error.filename is None or str(error.filename).startswith(str(part)):
+                error.filename = str(path)
+        elif number:
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
         raise
-    except Exception as error:  # safetensors and tokenizers, written in Rust, say "… (os error 28)"
-        found = re.search(r"\(os error (\d+)\)", str(error))
-        if not found:
-            raise
-        raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
 
 
 @contextmanager
@@ -80,11 +85,10 @@ def atomic_write(path):
     target.parent.mkdir(parents=True, exist_ok=True)
     part, old = (target.with_name(f".{target.name}.{os.getpid()}.{kind}") for kind in ("part", "old"))
     try:
-        with with_filename(path):
+        with blame(path, part):
             yield part
             if special:
-                with open(part, "rb") as source, open(path, "wb") as sink:
-                    shutil.copyfileobj(source, sink)
+                path.write_bytes(part.read_bytes())
             elif part.is_dir() and target.is_dir():
                 target.rename(old)
                 part.rename(target)
@@ -94,10 +98,6 @@ def atomic_write(path):
                     with open(part, "r+b") as file:  # Windows syncs only what is open for writing
                         os.fsync(file.fileno())
                 part.replace(target)
-    except OSError as error:
-        if str(error.filename).startswith(str(part)):
-            error.filename = str(path)
-        raise
     finally:
         shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
 
@@ -124,10 +124,9 @@ def read_json(path, remedy=RERUN, **types):
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is damaged ({error}): {remedy}") from None
-    if types and not isinstance(value, dict):
-        raise InputError(f"{path} is damaged (it is not an object): {remedy}")
-    if wrong := [name for name, kind in types.items() if not isinstance(value.get(name), kind)]:
-        raise InputError(f"{path} is damaged ({few(wrong)}): {remedy}")
+    content = value if isinstance(value, dict) else {}
+    if wrong := [name for name, kind in types.items() if not isinstance(content.get(name), kind)]:
+        raise InputError(f"{path} is damaged (no {few(wrong)} of the right kind): {remedy}")
     return value
 
 
@@ -240,20 +239,15 @@ def read_predictions(path):
     """A model's predictions: a frame of uuid (str), label (int, where the file has it) and prob (float). Columns may
     come in any order, and others are ignored. Raises InputError that names the rows.
     """
-    header, rows, numbers = read_rows(path)
-    header = [name.replace("\ufeff", "").strip().casefold() for name in header]
-    if missing := [name for name in ("uuid", "prob") if header.count(name) != 1]:
-        raise InputError(f"{path}: want one column {few(missing)}; the header has {few(header, 8)}")
-    cells = dict(zip(header, zip(*rows))) if rows else dict.fromkeys(header, ())
-    columns, wrong = {"uuid": [clean(cell) for cell in cells["uuid"]]}, {}
+    cells, numbers = read_columns(path, ["uuid", "prob"])
+    columns = {"uuid": [clean(cell) for cell in cells["uuid"]]}
     if "label" in cells:
-        columns["label"] = [read_label(cell) for cell in cells["label"]]
-        wrong["label is neither 0 nor 1"] = [label is None for label in columns["label"]]
+        columns["label"] = label_column(path, cells["label"], numbers)
     columns["prob"] = pd.to_numeric(pd.Series(cells["prob"], dtype=str), errors="coerce").astype(float)
-    wrong["prob is not a number from 0 to 1"] = ~columns["prob"].between(0, 1)
-    for fault, where in wrong.items():
-        if np.any(where):
-            raise InputError(f"{path}: column {fault} in row {few(np.array(numbers)[where])}: fix it, or {RERUN}")
+    wrong = ~columns["prob"].between(0, 1)
+    if wrong.any():
+        rows = few(np.array(numbers)[wrong])
+        raise InputError(f"{path}: column prob is not a number from 0 to 1 in row {rows}: fix it, or {RERUN}")
     return pd.DataFrame(columns)
 
 
@@ -264,11 +258,8 @@ def read_labels(test_path, test):
     path = Path(test_path).with_name(f"{Path(test_path).stem}_labels.csv")
     if not path.is_file():
         return None
-    header, rows, _ = read_rows(path)
-    names = [name.strip().casefold() for name in header]
-    if "uuid" not in names or "label" not in names:
-        raise InputError(f"{path}: no column uuid or label; fix it or move it away")
-    labels = {clean(row[names.index("uuid")]): read_label(row[names.index("label")]) for row in rows}
+    cells, _ = read_columns(path, ["uuid", "label"])
+    labels = {clean(uuid): read_label(label) for uuid, label in zip(cells["uuid"], cells["label"])}
     found = [labels.get(clean(uuid)) for uuid in test["uuid"]]
     if None in found:
         log(f"{path} does not label all test papers: no test scores")
@@ -291,19 +282,13 @@ def board_estimate(f1, recall):
     return 0.4 * f1 + 0.6 * recall
 
 
-def read_keyword_scores(folder, test):
-    """The scores in extract_keywords.py's metrics.json, {} if there are none for these very test papers."""
-    record = read_json(Path(folder) / "metrics.json", papers=dict, scores=dict) or {"papers": {}, "scores": {}}
-    return record["scores"] if record["papers"].get("test_fingerprint") == fingerprint(test) else {}
-
-
 def add_keywords_flag(parser):
     parser.add_argument("--keywords", choices=tuple(KEYWORD_LISTS), default="board", help="which list of "
         "extract_keywords.py goes into the submission: the one that scores, or the one that reads well; default board")  # fmt: skip  # noqa: E501
 
 
 def read_keywords(folder, test, wanted="board"):
-    """The cells of a list (a key of KEYWORD_LISTS) as a Series in the order of `test`, from extract_keywords.py's
+    """The cells of a list (a key of KEYWORD_LISTS) in the order of `test`, from extract_keywords.py's
     folder; None if it is not there or about other papers.
     """
     path = Path(folder) / KEYWORD_LISTS[wanted]
@@ -314,12 +299,11 @@ def read_keywords(folder, test, wanted="board"):
         log(f"warning: {path} is about other test papers and not used: run extract_keywords.py again")
         return None
     try:
-        keywords = pd.read_csv(path, dtype=str, keep_default_na=False).set_index("uuid")["Keywords"].loc[test["uuid"]]
+        lists = pd.read_csv(path, dtype=str, keep_default_na=False)
+        by_uuid = dict(zip(lists["uuid"], lists["Keywords"]))
+        return [by_uuid[uuid] for uuid in test["uuid"]]
     except (ValueError, KeyError):
         raise InputError(f"{path} is damaged: run extract_keywords.py again") from None
-    if len(keywords) != len(test):
-        raise InputError(f"{path} repeats a uuid: run extract_keywords.py again")
-    return keywords
 
 
 def choose_keywords(test, out_dir, wanted="board"):
@@ -329,11 +313,8 @@ def choose_keywords(test, out_dir, wanted="board"):
     found = read_keywords(Path(out_dir) / "keywords", test, wanted)
     if found is None:
         return test["title"], "the titles, since extract_keywords.py has not run on these papers"
-    why = {
-        "board": "the board's list: many entries, casing counts (--keywords reader takes the reader's)",
-        "reader": "the reader's list: few and likely ones (--keywords board takes the board's)",
-    }
-    return found, f"{Path(out_dir) / 'keywords' / KEYWORD_LISTS[wanted]}, {why[wanted]}"
+    why = {"board": "the list that scores (see --keywords)", "reader": "the list that reads well, as --keywords asks"}
+    return found, f"keywords/{KEYWORD_LISTS[wanted]}, {why[wanted]}"
 
 
 def write_submission(path, test, labels, out_dir, wanted="board"):
@@ -358,9 +339,7 @@ def warn_one_class(labels, train_labels):
         return ""
     label = int(share > 0.5)
     count, usual = np.sum(np.asarray(labels) == label), usual if label else 1 - usual
-    warning = (
-        f"warning: {count:,} of {len(labels):,} test papers get label {label}, in train {usual:.0%} have it: are the "
-        "fields of the test file filled, and does the model do well on held-out papers?"
-    )
+    warning = f"warning: {count:,} of {len(labels):,} test papers get label {label}, in train {usual:.0%} have it: "
+    warning += "are the fields of the test file filled?"
     log(warning)
     return warning

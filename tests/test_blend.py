@@ -1,3 +1,4 @@
+import shutil
 import subprocess
 
 import numpy as np
@@ -132,15 +133,15 @@ def test_a_model_of_your_own_needs_two_files(kit, tmp_path, own_model, model):
     ("file", "change", "words"),
     [
         ("valid", lambda frame: frame.drop(columns="label"), ["no column label"]),
-        ("valid", lambda frame: frame.assign(label=1 - frame["label"]), ["label of uuid", "another order"]),
+        ("valid", lambda frame: frame.assign(label=1 - frame["label"]), ["uuid", "another label", "another order"]),
         ("valid", lambda frame: frame.assign(label=2), ["label is neither 0 nor 1 in row 2"]),
         ("valid", lambda frame: frame.assign(uuid="x" + frame["uuid"]), ["is not in the train file"]),
-        ("valid", lambda frame: frame.head(0), ["mine", "no common papers of both classes"]),
-        ("test", lambda frame: frame.drop(columns="prob"), ["one column prob", "uuid"]),
+        ("valid", lambda frame: frame.head(0), ["mine", "no rows"]),
+        ("test", lambda frame: frame.drop(columns="prob"), ["no column prob", "uuid"]),
         ("test", lambda frame: frame.assign(prob=["0.5"] * 38 + ["", "nan"]), ["prob", "in row 40, 41"]),
         ("test", lambda frame: frame.assign(prob=3), ["from 0 to 1 in row 2, 3"]),
-        ("test", lambda frame: pd.concat([frame, frame.head(2)]), ["repeats uuid"]),
-        ("test", lambda frame: frame.tail(39), ["lacks uuid", "every paper"]),
+        ("test", lambda frame: pd.concat([frame, frame.head(2)]), ["uuid", "more than once"]),
+        ("test", lambda frame: frame.tail(39), ["uuid", "is missing"]),
     ],
 )
 def test_wrong_predictions_are_refused(refused, own_model, file, change, words):
@@ -199,6 +200,24 @@ def test_warns_if_all_papers_get_one_class(capsys, ones, of, train_share, warned
     train_labels = np.arange(100) < 100 * train_share
     assert bool(warn_one_class(np.arange(of) < ones, train_labels)) == warned
     assert ("warning" in capsys.readouterr().err) == warned
+
+
+def test_no_line_is_longer_than_160_characters(kit, tmp_path, model, write_csv):
+    """On the sample with keywords and two models, and on papers where every warning comes."""
+    model("baseline", 0.9)
+    model("bert", 0.5, np.arange(120) % 2 == 0)
+    done = [kit("blend.py"), kit("baseline.py", "--model", "all")]
+    odd = [["uuid", "title", "abstract"], *([str(i), "Untitled " * (i % 2), ""] for i in range(20))]
+    train = pd.read_csv(SAMPLE / "train.csv", dtype=str, keep_default_na=False)
+    train = pd.concat([train, train.head(9).assign(uuid=list("abcdefghi"), label="1")])
+    flags = ["--train", write_csv("a.csv", [train.columns, *train.values]), "--test", write_csv("b.csv", odd)]
+    shutil.rmtree(tmp_path / "outputs" / "bert")
+    done += [kit("baseline.py", *flags), kit("blend.py", *flags)]
+    for run in done:
+        assert run.returncode == 0, run.stderr
+        lines = (run.stdout + run.stderr.split("models:")[0]).replace(str(tmp_path), "").replace(str(SAMPLE), "")
+        assert max(map(len, lines.splitlines())) <= 160
+    assert "warning: 20 of 20" in done[-1].stderr and "of these copies" in done[-1].stderr
 
 
 def test_run_sh_help_and_unknown_stage():

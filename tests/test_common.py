@@ -67,11 +67,12 @@ def test_reads_what_spreadsheets_write(write_csv, delimiter):
         lambda text: to_zip({"t.csv": text, "other.csv": b""}),
         lambda text: to_zip({"data/any.CSV": text, "readme.txt": b"hi"}),
         lambda text: b"sep=,\n" + text,
-        lambda text: b"\xef\xbb\xbf" * 2 + text.replace(b'"', b"", 2),
+        lambda text: b"\xef\xbb\xbf" * 2 + text,
+        lambda text: b'\xef\xbb\xbf"\xef\xbb\xbf' + text[1:],
         lambda text: text.replace(b'","', b'", "'),
         lambda text: text.replace(b'"quoted" ""', b"").replace(b'text"', b'text \\"quoted\\""'),
     ],
-    ids=["gzip", "zip", "zip of one", "sep=", "two BOMs", "blanks after commas", "backslash quotes"],
+    ids=["gzip", "zip", "zip of one", "sep=", "two BOMs", "BOM in quotes", "blanks after commas", "backslash quotes"],
 )
 def test_reads_what_other_programs_write(write_csv, change):
     path = write_csv("t.csv", [HEADER, *ROWS], quoting=csv.QUOTE_ALL)
@@ -146,7 +147,6 @@ def test_clean(raw, clean):
         ([HEADER[:-1], *(row[:-1] for row in ROWS)], ["label"]),
         ([HEADER[1:], *(row[1:] for row in ROWS)], ["uuid"]),
         ([[*HEADER, "Label "], *([*row, "1"] for row in ROWS)], ["label", "more than once"]),
-        ([[*HEADER, *"x" * 1000], *ROWS], ["1006 columns"]),
         ([HEADER, *ROWS, ["007", *ROWS[0][1:]]], ["uuid", "007", "row 6"]),
         ([HEADER, *ROWS, ["", *ROWS[0][1:]]], ["uuid", "row 6"]),
         ([HEADER, *ROWS, ["a\nb", *ROWS[0][1:]]], ["line break", "row 6"]),
@@ -173,6 +173,7 @@ def test_refuses_rows(write_csv, rows, words):
         (to_zip({"a.csv": b"x", "b.csv": b"x"}), "2 CSV files"),
         (b"PK\x03\x04\x14\x00", "damaged zip"),
         (gzip.compress(b"x" * 999)[:-9], "damaged gzip"),
+        (gzip.compress(b"uuid")[:10] + b"\xff" * 99, "damaged gzip"),
         (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
         (b"\n<!DOCTYPE html><html>", "web page"),
         (b"uuid,title,abstract\n1,a\0b,c\n", "NUL"),
@@ -203,7 +204,7 @@ def test_text_is_built_alike_for_train_and_test(capsys):
     test = paper_frame().drop(columns="label")
     fields = common.shared_fields(train, test)
     assert fields == ["title", "abstract"]
-    assert "Keywords is left out: no such column in test" in capsys.readouterr().err
+    assert "Keywords is left out: no such column, or an empty one, in test" in capsys.readouterr().err
     assert common.build_text(train, fields) == common.build_text(test, fields)
     with pytest.raises(InputError, match="--fields Keywords"):
         common.shared_fields(train, test, ["Keywords"])

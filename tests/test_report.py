@@ -162,8 +162,9 @@ def test_keywords_and_board_only_of_these_papers(kit, read_page, tmp_path, model
     write_json(tmp_path / "outputs" / "keywords" / "metrics.json", record)
     text = read_page("--report-only")[1]
     assert "| f1 at 5 | 0.1234 |" in text and "77 papers" in text and "| keywords | – | – | 30 s |" in text
-    assert "| 120 held-out papers | 1.0000 | 0.2500 | 0.5500 |" in text and "inferred" in text
-    assert "\n0.5500 = 0.4 x 1.0000 (F1, 120 held-out papers) + 0.6 x 0.2500" in kit("blend.py").stdout
+    parts = "0.4 × F1 1.0000 on 120 held-out papers + 0.6 × case-sensitive recall of keywords 0.2500"
+    assert f"inferred, not official): {parts}: 0.550" in re.sub(r"\\(.)", r"\1", text)
+    assert f"inferred, not official): 0.5500 = {parts}\n" in kit("blend.py").stdout
     record["papers"]["test_fingerprint"] = "other"
     write_json(tmp_path / "outputs" / "keywords" / "metrics.json", record)
     text = read_page("--report-only")[1]
@@ -199,6 +200,16 @@ def test_failed_stages_are_shown_until_they_succeed(read_page, tmp_path, model):
     model("bert", 0.4)
     os.utime(tmp_path / "outputs" / "failed.txt", (1, 1))
     assert "failed in the last run: lora." in read_page()[0].text
+
+
+@pytest.mark.parametrize(
+    ("auc", "words"),
+    [(None, "not compared"), (0.1, "shows no difference"), (0.39, "shows no difference"), (0.41, "carry over"),
+     (0.59, "carry over"), (0.65, "differ a little"), (0.9, "expect lower scores")],
+)  # fmt: skip
+def test_what_an_auc_of_train_against_test_means(auc, words):
+    said = report.describe_auc(auc)
+    assert words in said and said.startswith("warning") == (auc == 0.9) and len(said) <= 160
 
 
 def test_seeds_show_their_spread(read_page, model):

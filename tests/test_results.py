@@ -1,5 +1,6 @@
 import errno
 import os
+import re
 import stat
 import threading
 
@@ -20,7 +21,16 @@ def test_scores():
     assert values["log_loss"] == pytest.approx(-np.log(0.9 * 0.4 * 0.4 * 0.9) / 4, abs=1e-6)
     assert results.scores([1, 1], [1.0, 0.0])["auc"] is None
     assert results.scores([0, 1], [0.0, 1.0])["log_loss"] < 1e-6
-    assert "–" in results.score_table([("bert", results.scores([1, 1], [1.0, 0.0]), "2 held out, title")])
+
+
+def test_the_header_of_a_table_is_above_its_columns():
+    values = results.scores([1, 0, 1], [1.0, 0.0, 0.3])
+    rows = [("bert", values, "3 held out, title"), ("a longer name", {**values, "auc": None}, "x")]
+    header, *lines = results.score_table(rows).splitlines()
+    ends = [match.end() for match in re.finditer(r"\S+", header)][1:7]
+    for line, (name, _, note) in zip(lines, rows):
+        assert [match.end() for match in re.finditer(r"[\d.]+|–", line)][:6] == ends
+        assert line.startswith(name) and line.index(note) == header.index("papers, fields")
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -137,7 +147,7 @@ def test_results_come_back_as_written_or_the_old_ones_stay(tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("uuid,label\na,1\n", "one column prob"),
+        ("uuid,label\na,1\n", "no column prob"),
         ("uuid,prob\na,0.5\nb,1.5\n", "prob .* row 3"),
         ("uuid,prob\na,nan\n", "prob .* row 2"),
         ("uuid,prob\na,\n", "prob .* row 2"),
