@@ -120,8 +120,8 @@ def describe_auc(auc):
     if auc < 0.6:
         return f"{finding}: held-out scores should carry over to the test papers."
     if auc < 0.7:
-        return f"{finding}: they differ a little; held-out scores may be somewhat too good."
-    return f"warning: {finding}: they are about other things; expect lower scores on test."
+        return f"{finding}: the two differ a little; held-out scores may be somewhat too good."
+    return f"warning: {finding}: the two are about different things; expect lower scores on test."
 
 
 def describe_trust(found):

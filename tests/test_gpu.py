@@ -5,12 +5,10 @@ import json
 from argparse import Namespace
 from importlib.util import find_spec
 
-import pandas as pd
 import pytest
 import test_training as loop
 import torch
 from accelerate.state import AcceleratorState
-from conftest import SAMPLE
 from transformers import PreTrainedModel
 
 import bert_finetune
@@ -18,7 +16,6 @@ import lora_finetune
 from common import InputError
 from lib import gpu, llm, training
 from lib.items import build_items
-from lib.results import scores
 
 needs_bitsandbytes = pytest.mark.skipif(
     not find_spec("bitsandbytes"), reason="needs requirements-4bit.txt, which .ci/run installs"
@@ -256,22 +253,6 @@ def test_weights_without_use_are_a_line_with_several_gpus():
         raise RuntimeError("Expected to have finished reduction in the prior iteration before starting a new one.")
 
 
-@pytest.mark.slow
-def test_bf16_answers_are_those_of_fp32(kit, tmp_path):
-    """One adapter of SmolLM2 and the sample's test papers: in float32, in bf16, and in bf16 one paper at a time."""
-    kit("make_llm_data.py")
-    train = ["lora_finetune.py", "--model", "embedded", "--epochs", 1, "--no-short-copies", "--precision", "bf16"]
-    assert kit(*train).returncode == 0
-    found = []
-    for flags in (["fp32"], ["bf16"], ["bf16", "--batch-size", 1]):
-        assert kit("lora_predict.py", "--precision", *flags).returncode == 0
-        found.append(pd.read_csv(tmp_path / "outputs/lora/test.csv", index_col="uuid")["prob"])
-    exact = found.pop(0)
-    for probs in found:
-        assert probs.nunique() >= 36 and (probs - exact).abs().mean() <= 0.01
-        assert probs.corr(exact, method="spearman") >= 0.98
-
-
 # ---- 4 bits ----------------------------------------------------------------------------------------------------------
 
 
@@ -301,17 +282,13 @@ def test_4bit_gradients_are_those_of_the_weights_it_keeps(tiny_llm, papers):
     assert all(torch.allclose(packed, plain, rtol=1e-3, atol=1e-6) for packed, plain in zip(*found))
 
 
-@pytest.mark.slow
 @needs_bitsandbytes
-def test_4bit_learns_the_sample(kit, tmp_path, monkeypatch):
-    """SmolLM2 with weights in 4 bits: trained, loaded again, scored."""
-    monkeypatch.setattr(llm, "merge_adapter", None)  # merging would round to 4 bits again
-    train = ["lora_finetune.py", "--model", "embedded", "--load-in-4bit", "--epochs", 3, "--accumulate", 1]
-    train += ["--no-short-copies"]
-    for command in (["make_llm_data.py", "--fields", "title", "author"], train, ["lora_predict.py"]):
+def test_4bit_is_remembered_and_never_merged(kit, tmp_path, monkeypatch, tiny_llm):
+    """Merging would round to 4 bits again. What SmolLM2 learns in 4 bits, .ci/run looks at."""
+    monkeypatch.setattr(llm, "merge_adapter", None)
+    train = ["lora_finetune.py", "--model", tiny_llm, "--max-length", 200, "--load-in-4bit", "--epochs", 1]
+    for command in (["make_llm_data.py", "--fields", "title"], train, ["lora_predict.py"]):
         done = kit(*command)
         assert done.returncode == 0, done.stderr
-    lora = tmp_path / "outputs" / "lora"
-    assert json.loads((lora / "metrics.json").read_text())["settings"]["load_in_4bit"] is True
-    probs, answers = (pd.read_csv(path, index_col="uuid") for path in (lora / "test.csv", SAMPLE / "test_labels.csv"))
-    assert scores(answers["label"], probs.loc[answers.index, "prob"])["f1"] >= 0.85
+    metrics = json.loads((tmp_path / "outputs/lora/metrics.json").read_text())
+    assert metrics["settings"]["load_in_4bit"] is True

@@ -462,20 +462,23 @@ def test_two_processes_equal_one(kit, tmp_path, tiny_llm):
 
 
 @pytest.mark.slow
-def test_smollm2_adapter_beats_the_untrained_model(kit, tmp_path):
-    """Of few papers and tokens it learns the order. The untrained model is calibrated already."""
+def test_smollm2_learns_the_sample(kit, tmp_path):
+    """In one epoch of the default, far above the untrained model; and its answers in bf16 are those of float32."""
     answers = pd.read_csv(SAMPLE / "test_labels.csv", dtype={"uuid": str}).set_index("uuid")["label"]
 
-    def values(name):
-        probs = probs_of(tmp_path / "outputs" / name / "test.csv")
-        return scores(answers[probs.index], probs)
+    def predict(*flags, name="lora"):
+        done = kit("lora_predict.py", *flags)
+        assert done.returncode == 0, done.stderr
+        return probs_of(tmp_path / "outputs" / name / "test.csv")
 
-    few = ["--max-length", "96", "--limit", "60"]
-    kit("make_llm_data.py", "--fields", "title", "--limit", "60")
-    untrained = ["--adapter", "none", "--model", "embedded", "--fields", "title"]
-    assert kit("lora_predict.py", *untrained, *few).returncode == 0
-    done = kit("lora_finetune.py", "--model", "embedded", "--epochs", "1", *few)
+    kit("make_llm_data.py")
+    untrained = predict("--adapter", "none", "--model", "embedded", name="untrained")
+    done = kit("lora_finetune.py", "--model", "embedded", "--epochs", 1)
     assert done.returncode == 0, done.stderr
-    assert kit("lora_predict.py", "--limit", "60").returncode == 0
-    before, after = values("untrained"), values("lora")
-    assert after["auc"] > before["auc"] + 0.05
+    exact = predict("--precision", "fp32")
+    values = scores(answers[exact.index], exact)
+    assert values["auc"] > scores(answers[untrained.index], untrained)["auc"] + 0.2 and values["f1"] > 0.8
+    for flags in ([], ["--batch-size", 1]):
+        rounded = predict("--precision", "bf16", *flags)
+        assert rounded.nunique() >= 36 and (rounded - exact).abs().mean() <= 0.01
+        assert rounded.corr(exact, method="spearman") >= 0.98
