@@ -177,10 +177,10 @@ def test_the_launcher_adds_nothing_to_what_a_process_says(two_processes, code, s
 
 @pytest.mark.slow
 def test_what_run_sh_sends_stops_the_processes_of_the_launcher(two_processes):
-    process = two_processes("import time\nprint('here', flush=True)\ntime.sleep(60)\n")
-    process.stdout.readline()
+    process = two_processes("import time\nprint('here', flush=True)\ntime.sleep(600)\n")
+    assert [process.stdout.readline() for _ in range(2)] == ["here\n"] * 2, "both have begun"
     process.terminate()
-    assert process.communicate(timeout=20)[1] == "" and process.returncode == 143
+    assert process.communicate(timeout=60)[1] == "" and process.returncode == 143
 
 
 # ---- .venv -----------------------------------------------------------------------------------------------------------
