@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 import common
-from common import InputError, log, positive_int, run_script
+from common import InputError, bounded, log, positive_int, run_script
 from lib.candidates import CHINESE, SEPARATORS, find_separator, split_cell, split_keywords, stem
 from lib.casing import list_entries
 from lib.ranker import build_corpus, entries, learn_and_rate, rank
@@ -36,27 +36,24 @@ PARTITIONS = 5  # into folds, over which ratings are averaged
 # ---- scores ----------------------------------------------------------------------------------------------------------
 
 
-def prf(hits, picked, true):
-    """Precision, recall and F1 from counts, 0 where a count is 0."""
-    precision, recall = hits / max(picked, 1), hits / max(true, 1)
-    return precision, recall, 2 * hits / max(picked + true, 1)
+def micro(picked, true):
+    """Micro precision, recall and F1 of lists of lists of keywords, one a paper; 0 where there is nothing."""
+    hits = sum(len(set(a) & set(b)) for a, b in zip(picked, true))
+    given, wanted = (sum(len(set(words)) for words in lists) for lists in (picked, true))
+    precision, recall = hits / max(given, 1), hits / max(wanted, 1)
+    return {"precision": precision, "recall": recall, "f1": 2 * hits / max(given + wanted, 1)}
 
 
 def score_keywords(picked, true):
-    """Scores of keyword lists against the papers' own: lists of lists of normalised keywords, one a paper. Returns
-    micro precision, recall and F1, macro F1, micro F1 of the first 5 and 10, and stemmed micro F1."""
-
-    def micro(lists, other):
-        counts = [(len(set(a) & set(b)), len(set(a)), len(set(b))) for a, b in zip(lists, other)]
-        return prf(*np.sum(counts, axis=0)), np.mean([prf(*c)[2] for c in counts])
-
-    (precision, recall, f1), macro = micro(picked, true)
-    values = {"precision": precision, "recall": recall, "f1": f1, "macro_f1": macro}
+    """Scores of lists of lists of normalised keywords, one a paper, against the papers' own: those of micro(), micro F1
+    of the first 5 and 10, and stemmed micro F1.
+    """
+    values = micro(picked, true)
     for most in (5, 10):
-        values[f"f1_at_{most}"] = micro([words[:most] for words in picked], true)[0][2]
+        values[f"f1_at_{most}"] = micro([words[:most] for words in picked], true)["f1"]
     stemmed = ([[stem(word) for word in words] for words in lists] for lists in (picked, true))
-    values["stemmed_f1"] = micro(*stemmed)[0][2]
-    return {name: round(float(value), 6) for name, value in values.items()}
+    values["stemmed_f1"] = micro(*stemmed)["f1"]
+    return {name: round(value, 6) for name, value in values.items()}
 
 
 def cased_recall(listed, true, most):
@@ -72,23 +69,21 @@ def cased_recall(listed, true, most):
 # ---- the reader's list -----------------------------------------------------------------------------------------------
 
 
-def shortlist(corpus, rated, most):
+def shortlist(rated, most):
     """The `most` likeliest candidates of each paper, by paper and falling rating. rated: (paper, phrase, prob)."""
-    paper, phrase, prob = rated
-    order = np.lexsort((corpus.alphabet[phrase], -prob, paper))
+    paper, _, prob = rated
+    order = np.lexsort((-prob, paper))  # ties keep their order
     order = order[rank(paper[order], prob[order]) < most]
-    return paper[order], phrase[order], prob[order]
+    return tuple(values[order] for values in rated)
 
 
 def best_threshold(corpus, rated, folds):
     """The rating that keywords must have for the best micro F1 out of fold."""
-    labelled = folds[rated[0]] >= 0
-    paper, phrase, prob = (array[labelled] for array in rated)
-    hit, place, tried = entries(corpus.keywords, paper, phrase) > 0, rank(paper, prob), []
-    for threshold in np.arange(0.04, 0.5, 0.01):
-        chosen = (place < MOST) & ((prob >= threshold) | (place == 0))
-        tried.append((prf(hit[chosen].sum(), chosen.sum(), corpus.keywords.nnz)[2], -threshold))
-    return round(-max(tried)[1], 2)
+    paper, phrase, prob = (values[folds[rated[0]] >= 0] for values in rated)
+    order = np.argsort(-prob, kind="stable")
+    hits = np.cumsum(entries(corpus.keywords, paper[order], phrase[order]) > 0)
+    f1 = 2 * hits / (np.arange(1, len(hits) + 1) + corpus.keywords.nnz)
+    return round(float(prob[order][f1.argmax()]), 4)
 
 
 def pick(corpus, rated, threshold, top=None):
@@ -102,18 +97,21 @@ def pick(corpus, rated, threshold, top=None):
         wanted = len(own) < (top or MOST) and (top or prob >= threshold or not own)
         if wanted and key not in stems[paper]:
             stems[paper].add(key)
-            own.append(corpus.phrases[phrase])
+            own.append(corpus.found.phrases[phrase])
     return picked
 
 
 # ---- the whole -------------------------------------------------------------------------------------------------------
 
 
-def draw_partitions(labelled, count, folds, seed):
-    """PARTITIONS of the labelled papers into folds. Returns an int array [PARTITIONS, count], -1 for other papers."""
+def draw_partitions(labelled, copies, count, folds, seed):
+    """PARTITIONS of the labelled papers into folds, copies of a paper together. Returns an int array [PARTITIONS,
+    count], -1 for other papers. copies: from common.find_copies.
+    """
     rng, partitions = np.random.default_rng(seed), np.full((PARTITIONS, count), -1)
+    different, group = np.unique(copies[labelled], return_inverse=True)
     for partition in partitions:
-        partition[labelled] = rng.permutation(len(labelled)) % folds
+        partition[labelled] = (rng.permutation(len(different)) % folds)[group]
     return partitions
 
 
@@ -144,16 +142,12 @@ def read_both(args):
 def parse_args():
     parser = common.arg_parser(__doc__, split=False)
     add = parser.add_argument_group("keywords").add_argument
-    add("--top", type=positive_int, metavar="K", help=f"length of the reader's list, at most {MOST}; default: as rated")
+    add("--top", type=bounded(int, 1, MOST), metavar="K", help="length of the reader's list; default: as rated")
     add("--entries", type=positive_int, default=40, metavar="K", help="length of the board's list, default %(default)s")
-    add("--folds", type=positive_int, default=5, metavar="K", help="default %(default)s")
+    add("--folds", type=bounded(int, 2, 1000), default=5, metavar="K", help="default %(default)s")
     add("--submit", type=Path, default=Path("submit_task2.csv"), metavar="FILE", help="default %(default)s")
-    args = parser.parse_args()
-    if args.folds < 2:
-        parser.error("--folds must be at least 2")
-    if (args.top or 0) > MOST:
-        parser.error(f"--top must be at most {MOST}")
-    return args
+    return parser.parse_args()
+
 
 
 def extract(args, folder):
@@ -161,11 +155,11 @@ def extract(args, folder):
     started = time.perf_counter()
     train, test, separator = read_both(args)
     written = [split_keywords(cell, separator) for cell in train["Keywords"]]
-    labelled = np.flatnonzero([len(keywords) for keywords in written])
+    labelled, copies = np.flatnonzero([len(keywords) for keywords in written]), common.find_copies(train)
     log(f"{len(train)} papers in {args.train}, {len(labelled)} with keywords; {len(test)} in {args.test}")
     corpus = build_corpus(train, test, written)
-    partitions = draw_partitions(labelled, corpus.count, args.folds, args.seed)
-    rated = shortlist(corpus, learn_and_rate(corpus, partitions), max(args.entries, 40))
+    partitions = draw_partitions(labelled, copies, len(train) + len(test), args.folds, args.seed)
+    rated = shortlist(learn_and_rate(corpus, partitions), max(args.entries, 40))
     threshold = best_threshold(corpus, rated, partitions[0])
     picked = pick(corpus, rated, threshold, args.top)
     listed = list_entries(corpus, rated, partitions[0], [*train["title"], *test["title"]])
@@ -175,7 +169,7 @@ def extract(args, folder):
     for most in (10, 20, 40):
         values[f"cased_recall_at_{most}"] = cased_recall([[*listed[paper]] for paper in labelled], cased, most)
 
-    common_one = corpus.phrases[corpus.keywords.sum(axis=0).argmax()]
+    common_one = corpus.found.phrases[corpus.keywords.sum(axis=0).argmax()]
     reader, board = [], []
     for paper, title in enumerate(test["title"], len(train)):
         fallback = common_one if CHINESE.search(title) else title.replace(";", ",") or common_one

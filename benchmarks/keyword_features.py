@@ -27,8 +27,8 @@ def score(train, seed):
     written = [[candidates.split_keywords(cell) for cell in part["Keywords"]] for part in papers]
     corpus = ranker.build_corpus(*papers, written[0])
     labelled = np.flatnonzero([len(own) for own in written[0]])
-    partitions = keywords.draw_partitions(labelled, corpus.count, 5, seed)
-    rated = keywords.shortlist(corpus, ranker.learn_and_rate(corpus, partitions), 40)
+    partitions = keywords.draw_partitions(labelled, common.find_copies(papers[0]), len(train), 5, seed)
+    rated = keywords.shortlist(ranker.learn_and_rate(corpus, partitions), 40)
     picked = keywords.pick(corpus, rated, keywords.best_threshold(corpus, rated, partitions[0]))
     true = [[*own] for own in written[0] + written[1]]
     fold, never = ([[picked[i] for i in part], [true[i] for i in part]] for part in (labelled, range(count, len(true))))

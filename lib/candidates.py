@@ -111,8 +111,7 @@ END = Word("", "", "", False)
 class Candidates:
     """The candidate phrases of all papers, by paper and place."""
 
-    train: int  # how many papers, the first ones, are of train: no other paper may count for a test paper
-    phrases: list  # the different phrases
+    phrases: list  # the different phrases: all keywords, then the candidates that are not one
     words: list  # the different words and gaps
     paper: np.ndarray  # [candidates]
     phrase: np.ndarray  # [candidates]: index into phrases
@@ -120,9 +119,9 @@ class Candidates:
     tail: np.ndarray  # [candidates]: last word
     written: list  # [candidates]: as the paper writes it where it last occurs, inside a sentence if it does
     features: dict  # {name: array [candidates]}
-    of: np.ndarray  # [occurrences]: whose, index of the candidate
-    left: np.ndarray  # [occurrences]: word or, where it is not a blank, gap before it; index into words
-    right: np.ndarray  # [occurrences]: word or gap behind it
+    of: np.ndarray  # [places]: whose, index of the candidate
+    left: np.ndarray  # [places]: word or, where it is not a blank, gap before it; index into words
+    right: np.ndarray  # [places]: word or gap behind it
 
 
 def read_words(text, title):
@@ -176,34 +175,35 @@ def is_likely(words, places, beside):
     return len(places) > 1 or words[first].title or last == first + 1 or (alone and last < first + 3)
 
 
-def find_candidates(titles, abstracts, train):
-    """The phrases of papers (two lists of str) that could be keywords, as Candidates. The first `train` papers are of
-    train.
+def find_candidates(titles, abstracts, keywords):
+    """The phrases of papers (two lists of str) that could be keywords, as Candidates. keywords: all known ones; their
+    numbers must not depend on the texts, for they decide ties.
     """
-    phrases, numbers, written, rows, occurrences, features = {}, {}, [], [], [], defaultdict(lambda: array("f"))
+    numbers, different = {keyword: number for number, keyword in enumerate(dict.fromkeys(keywords))}, {}
+    rows, around, written, features = [], [], [], defaultdict(lambda: array("f"))
+
+    def number_of(word):
+        return different.setdefault(word, len(different))
+
     for paper, (title, abstract) in enumerate(zip(titles, abstracts)):
         words = [*read_words(title, True), *read_words(abstract, False), END]
         for phrase, places in find_phrases(words).items():
             beside = [sides(words, *place) for place in places]
             if not is_likely(words, places, beside):
                 continue
-            for left, right in beside:
-                ends = [numbers.setdefault(word, len(numbers)) for word in (left, right)]
-                occurrences.append((len(rows), *ends))
             first, last = places[0]
-            ends = [numbers.setdefault(words[place].lower, len(numbers)) for place in (first, last)]
-            rows.append((paper, phrases.setdefault(phrase, len(phrases)), *ends))
+            for left, right in beside:
+                around.append((len(rows), number_of(left), number_of(right)))
+            ends = number_of(words[first].lower), number_of(words[last].lower)
+            rows.append((paper, numbers.setdefault(phrase, len(numbers)), *ends))
             inside = [place for place in places if words[place[0]].gap not in ("", ".")]
             first, last = (inside or places)[-1]
             written.append(" ".join([word.written for word in words[first : last + 1]]))
             for name, value in describe(phrase, [words[first] for first, _ in places], beside).items():
                 features[name].append(value)
-    paper, phrase, head, tail = np.array(rows, dtype=np.int64).reshape(-1, 4).T
-    of, left, right = np.array(occurrences, dtype=np.int64).reshape(-1, 3).T
     features = {name: np.array(values, dtype=np.float32) for name, values in features.items()}
-    return Candidates(
-        train, [*phrases], [*numbers], paper, phrase, head, tail, written, features, of, left, right
-    )  # fmt: skip
+    rows, around = np.array(rows, dtype=np.int64).reshape(-1, 4), np.array(around, dtype=np.int64).reshape(-1, 3)
+    return Candidates([*numbers], [*different], *rows.T, written, features, *around.T)
 
 
 def describe(phrase, starts, beside):

@@ -96,7 +96,7 @@ def describe_entries(corpus, rated, folds, titles):
     neighbours_capitals = weigh_neighbours(corpus.tfidf, folds) @ capitals
     of, ways, features, hit = [], [], array("f"), []
     for i, (paper, phrase) in enumerate(zip(*rated[:2])):
-        keyword, in_text = corpus.phrases[phrase], in_texts.get((paper, phrase))
+        keyword, in_text = corpus.found.phrases[phrase], in_texts.get((paper, phrase))
         elsewhere = counts.get((None, keyword), Counter()) - counts.get((folds[paper], keyword), Counter())
         for written in casings(keyword, in_text, elsewhere):
             of.append(i)
@@ -118,7 +118,7 @@ def list_entries(corpus, rated, folds, titles):
     prob = prob * rate_casings(x, hit, is_keyword, folds[paper])
     lists = defaultdict(dict)
     for i in np.lexsort((-prob, paper)):  # ties keep the order of rated
-        lists[paper[i]].setdefault(ways[i], corpus.phrases[phrase[i]])
+        lists[paper[i]].setdefault(ways[i], corpus.found.phrases[phrase[i]])
     return lists
 
 

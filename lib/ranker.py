@@ -24,7 +24,8 @@ from tqdm import tqdm
 from lib.candidates import STOP, Candidates, find_candidates, stem
 
 NEIGHBOURS, PROPOSED = 40, 30  # labelled papers asked for keywords, and how many of those keywords become candidates
-TREES = {"max_iter": 100, "learning_rate": 0.1, "max_leaf_nodes": 31, "max_features": 0.2}
+TREES = {"max_iter": 100, "learning_rate": 0.1, "max_leaf_nodes": 31, "max_features": 0.2, "min_samples_leaf": 40,
+         "l2_regularization": 5}  # fmt: skip
 NEGATIVES = 0.25  # share of the wrong candidates that a fold's trees learn from
 RANKED = ("tf_idf", "rate_head", "rate_phrase", "near", "alone_count")  # features that a paper's own rank joins
 
@@ -36,12 +37,10 @@ RANKED = ("tf_idf", "rate_head", "rate_phrase", "near", "alone_count")  # featur
 class Corpus:
     """What does not depend on the folds. The papers of train come first, then those of test, which have no keywords."""
 
-    found: Candidates
-    count: int  # papers
+    found: Candidates  # the phrases of the texts
+    train: int  # how many papers are of train: no other paper may count for a test paper
     written: list  # for each paper: {keyword: as written}
-    phrases: list  # the candidates' phrases, then the keywords that are no paper's candidate
-    alphabet: np.ndarray  # each phrase's place in the alphabet: decides ties, whatever other papers hold
-    stems: np.ndarray  # number of each phrase's stem
+    stems: np.ndarray  # number of the stem of each of found.phrases
     keywords: sparse.csr_matrix  # 0/1 [papers, phrases]
     tfidf: sparse.csr_matrix  # [papers, words]
 
@@ -49,39 +48,30 @@ class Corpus:
 def build_corpus(train, test, written):
     """The Corpus of two frames. written: for each paper of train {keyword: as written}, from split_keywords."""
     titles, abstracts = ([*train[name], *test[name]] for name in ("title", "abstract"))
-    found, count = find_candidates(titles, abstracts, len(train)), len(titles)
+    owner = np.repeat(np.arange(len(train)), [len(keywords) for keywords in written])
+    known = [keyword for keywords in written for keyword in keywords]
+    found = find_candidates(titles, abstracts, known)
     numbers = {phrase: i for i, phrase in enumerate(found.phrases)}
-    papers = np.repeat(np.arange(len(train)), [len(keywords) for keywords in written])
-    phrases = []
-    for keywords in written:
-        phrases += [numbers.setdefault(keyword, len(numbers)) for keyword in keywords]
-    ones, phrases = np.ones(len(papers), np.float32), np.array(phrases, dtype=np.int64)
+    places = (owner, [numbers[keyword] for keyword in known])
     return Corpus(
         found=found,
-        count=count,
+        train=len(train),
         written=[*written, *({} for _ in range(len(test)))],
-        phrases=list(numbers),
-        alphabet=np.argsort(np.argsort(np.array(list(numbers), dtype=str))),
-        stems=enumerate_items([stem(phrase) for phrase in numbers]),
-        keywords=sparse.csr_matrix((ones, (papers, phrases)), shape=(count, len(numbers))),
+        stems=number([stem(phrase) for phrase in numbers]),
+        keywords=sparse.csr_matrix((np.ones(len(known)), places), shape=(len(titles), len(numbers))),
         tfidf=weigh_words([f"{title}\n{abstract}" for title, abstract in zip(titles, abstracts)], len(train)),
     )
 
 
-def enumerate_items(items):
+def number(items):
     """["b", "a", "b"] -> array [0, 1, 0]: each item's number by first appearance."""
-    seen = {}
-    return np.array([seen.setdefault(item, len(seen)) for item in items], dtype=np.int64)
+    return pd.factorize(np.array(items, dtype=object))[0]
 
 
 def weigh_words(texts, train):
     """TF-IDF of the words of texts, as the first `train` of them weigh words: sparse float32 [texts, words]."""
     weights = TfidfVectorizer(stop_words=list(STOP), sublinear_tf=True, token_pattern=r"\w\w+", dtype=np.float32)
-    try:
-        weights.fit(texts[:train])
-    except ValueError:  # no words at all
-        return sparse.csr_matrix((len(texts), 1), dtype=np.float32)
-    return weights.transform(texts).tocsr()
+    return weights.fit([*texts[:train], "word"]).transform(texts)  # scikit-learn wants one word at least
 
 
 # ---- what keywords of other folds teach ------------------------------------------------------------------------------
@@ -92,19 +82,24 @@ def entries(matrix, rows, columns):
     return np.asarray(matrix[rows, columns]).ravel() if len(rows) else np.zeros(0)
 
 
-def rates(keys, hits, folds, strength):
-    """How often a row with this key is a hit, among the rows of fitted papers of other folds. keys: int array [rows];
-    hits: 0/1; folds: the paper's fold, -1 if it is not fitted. `strength` weighs, in rows, the rate of all keys.
+def of_others(keys, size, values, folds):
+    """Sums of values by key (0 to size - 1) over the rows of other folds: array [folds + 1, keys]. Rows of no fold (-1)
+    count for none; the last line, which index -1 finds, is of all folds.
     """
-    fitted, size, count = folds >= 0, keys.max(initial=0) + 1, folds.max(initial=0) + 1
-    own = np.where(fitted, folds * size + keys, 0)
-    counts = []
-    for values in (np.ones(len(keys)), hits):
-        by_fold = np.bincount(own[fitted], values[fitted], count * size).reshape(count, size)
-        of_key = by_fold.sum(axis=0)[keys] - fitted * by_fold.ravel()[own]
-        counts.append((of_key, np.append(by_fold.sum() - by_fold.sum(axis=1), by_fold.sum())[folds]))
-    (rows, all_rows), (right, all_right) = counts
-    return (right + strength * all_right / np.maximum(all_rows, 1)) / (rows + strength)
+    lines = folds.max(initial=-1) + 2
+    values = np.broadcast_to(values, keys.shape)
+    sums = np.bincount(folds % lines * size + keys, values, lines * size).reshape(lines, size)
+    sums[-1] = 0
+    return sums.sum(axis=0) - sums
+
+
+def rates(keys, hits, folds, strength):
+    """How often a row with this key is a hit, among the rows of other folds. keys: int array [rows]; hits: 0/1; folds:
+    int, -1: learn nothing from this row. `strength` weighs, in rows, the rate of all keys.
+    """
+    right, rows = (of_others(keys, keys.max(initial=0) + 1, values, folds) for values in (hits, 1))
+    usual = (right.sum(axis=1) / np.maximum(rows.sum(axis=1), 1))[folds]
+    return (right[folds, keys] + strength * usual) / (rows[folds, keys] + strength)
 
 
 def weigh_neighbours(tfidf, folds):
@@ -134,7 +129,7 @@ class View:
     corpus: Corpus
     folds: np.ndarray  # [papers]: the fold of a paper to learn from, -1 for any other
     paper: np.ndarray  # [candidates]
-    phrase: np.ndarray  # [candidates]: index into corpus.phrases
+    phrase: np.ndarray  # [candidates]: index into corpus.found.phrases
     hit: np.ndarray  # bool [candidates]: it is a keyword of that paper
     known: np.ndarray  # [candidates]: how many fitted papers of other folds have the keyword
     near: np.ndarray  # [candidates]: the weighted share of similar papers, of other folds, that have it
@@ -142,31 +137,26 @@ class View:
 
 def look(corpus, folds):
     """The View of the candidates by these folds."""
-    groups = [(folds >= 0) & (folds != fold) for fold in range(folds.max() + 1)]
-    known = np.array([corpus.keywords[group].sum(axis=0).A1 for group in (*groups, folds >= 0)])  # the last one: of all
+    found, (owner, keyword) = corpus.found, corpus.keywords.nonzero()
+    known = of_others(keyword, len(found.phrases), 1, folds[owner])
     near = (weigh_neighbours(corpus.tfidf, folds) @ corpus.keywords).tocsr()
-    more_paper, more_phrase = propose(corpus, folds, near, known)
-    paper, phrase = np.append(corpus.found.paper, more_paper), np.append(corpus.found.phrase, more_phrase)
+    more_paper, more_phrase = propose(found, folds, near.tocoo(), known)
+    paper, phrase = np.append(found.paper, more_paper), np.append(found.phrase, more_phrase)
     hit = entries(corpus.keywords, paper, phrase) > 0
     return View(corpus, folds, paper, phrase, hit, known[folds[paper], phrase], entries(near, paper, phrase))
 
 
-def propose(corpus, folds, near, known):
-    """Keywords of the similar papers that are not candidates yet: the PROPOSED likeliest, of those that two or more
-    papers have. Returns (paper, phrase), int arrays.
+def propose(found, folds, near, known):
+    """Keywords of the similar papers that are not candidates yet: the PROPOSED likeliest of each paper, of those that
+    two or more papers have. Returns (paper, phrase), int arrays.
     """
-    found, papers, proposed = corpus.found, [], []
-    for paper in range(corpus.count):
-        row = slice(near.indptr[paper], near.indptr[paper + 1])
-        phrase, share = near.indices[row], near.data[row]
-        likely = (known[folds[paper], phrase] >= 2) & (share > 0)
-        phrase, share = phrase[likely], share[likely]
-        proposed.append(phrase[np.lexsort((corpus.alphabet[phrase], -share))][:PROPOSED])
-        papers.append(np.full(len(proposed[-1]), paper))
-    papers, proposed = np.concatenate(papers), np.concatenate(proposed).astype(np.int64)
-    size = len(corpus.phrases)
-    new = ~np.isin(papers * size + proposed, found.paper * size + found.phrase)
-    return papers[new], proposed[new]
+    paper, phrase, share = near.row.astype(np.int64), near.col, near.data
+    size = near.shape[1]
+    new = ~np.isin(paper * size + phrase, found.paper * size + found.phrase)
+    chosen = new & (known[folds[paper], phrase] >= 2) & (share > 0)
+    paper, phrase, share = paper[chosen], phrase[chosen], share[chosen]
+    likely = rank(paper, share) < PROPOSED
+    return paper[likely], phrase[likely]
 
 
 # ---- features that keywords teach ------------------------------------------------------------------------------------
@@ -181,7 +171,7 @@ def phrase_rates(view):
     """How often a phrase in a text is a keyword, and any phrase with such words at its ends or beside it."""
     found = view.corpus.found
     folds, hits = view.folds[found.paper], view.hit[: len(found.paper)].astype(float)
-    endings = enumerate_items([word[-4:] for word in found.words])
+    endings = number([word[-4:] for word in found.words])
     features = {}
     for name, keys, strength in (
         ("phrase", view.corpus.stems[found.phrase], 3),
@@ -191,9 +181,9 @@ def phrase_rates(view):
         ("tail_end", endings[found.tail], 20),
     ):
         features[f"rate_{name}"] = rates(keys, hits, folds, strength)
-    tf = np.bincount(found.of, minlength=len(found.paper))
     for name, keys in (("left", found.left), ("right", found.right)):  # the mean over all places
-        features[f"rate_{name}"] = np.bincount(found.of, rates(keys, hits[found.of], folds[found.of], 10), len(tf)) / tf
+        there = rates(keys, hits[found.of], folds[found.of], 10)
+        features[f"rate_{name}"] = np.bincount(found.of, there) / np.bincount(found.of)
     return features
 
 
@@ -209,11 +199,10 @@ def word_rates(view):
 
 def frequency(view):
     """How often a phrase occurs in its paper, and in how few other papers of train."""
-    found = view.corpus.found
-    train = found.paper < found.train
-    others = np.bincount(found.phrase[train], minlength=len(found.phrases))[found.phrase] - train
-    tf = np.bincount(found.of, minlength=len(found.paper))
-    return {"tf_idf": tf * np.log((found.train + 1) / (others + 1))}
+    found, train = view.corpus.found, view.corpus.train
+    in_train = found.paper < train
+    others = np.bincount(found.phrase[in_train], minlength=len(found.phrases))[found.phrase] - in_train
+    return {"tf_idf": np.bincount(found.of) * np.log((train + 1) / (others + 1))}
 
 
 FEATURES = (known_keywords, phrase_rates, word_rates, frequency)
@@ -240,23 +229,6 @@ def rank(paper, values):
     return pd.Series(-values).groupby(paper).rank(method="first").to_numpy().astype(np.int64) - 1
 
 
-def fit_trees(x, hit, seed):
-    """Boosted trees from all right candidates and a share of the wrong ones. Returns a function: features [candidates,
-    features] -> P(keyword), corrected for that share.
-    """
-    negatives = NEGATIVES if len(hit) > 5000 else 1  # of few, all
-    chosen = hit | (np.random.default_rng(seed).random(len(hit)) < negatives)
-    trees = HistGradientBoostingClassifier(
-        **TREES, min_samples_leaf=40, l2_regularization=5, early_stopping=False, random_state=seed
-    ).fit(x[chosen], hit[chosen])
-
-    def predict(asked):
-        odds = trees.predict_proba(asked)[:, 1] if len(asked) else np.zeros(0)
-        return odds / (odds + (1 - odds) / negatives)
-
-    return predict
-
-
 def cross_fit(fold, rate):
     """Rate each row by what the other folds teach; rows of no fold (-1) get the mean of all folds' ratings. Returns a
     float array [rows]. rate(number, learn, asked): ratings of the rows `asked`, learned from the rows `learn`.
@@ -281,9 +253,14 @@ def rate_once(corpus, folds, seed):
     x = np.column_stack([*features.values()])
 
     def rate(number, learn, asked):
-        if 0 < view.hit[learn].sum() < learn.sum():
-            return fit_trees(x[learn], view.hit[learn], seed + number)(x[asked])
-        return 1 / (2 + rank(view.paper[asked], features["tf_idf"][asked]))  # nothing to learn from
+        learn = np.flatnonzero(learn)
+        if not 0 < view.hit[learn].sum() < len(learn):  # nothing to learn from
+            return 1 / (2 + rank(view.paper[asked], features["tf_idf"][asked]))
+        drawn = NEGATIVES if len(learn) > 5000 else 1  # of few, all
+        learn = learn[view.hit[learn] | (np.random.default_rng(seed + number).random(len(learn)) < drawn)]
+        trees = HistGradientBoostingClassifier(**TREES, early_stopping=False, random_state=seed + number)
+        prob = trees.fit(x[learn], view.hit[learn]).predict_proba(x[asked])[:, 1]
+        return prob / (prob + (1 - prob) / drawn)  # weights for the drawn ones would do, too, but take thrice the time
 
     return view.paper, view.phrase, cross_fit(folds[view.paper], rate)
 
@@ -298,6 +275,7 @@ def learn_and_rate(corpus, partitions):
     for i, folds in enumerate(tqdm(partitions, desc="partitions")):
         rated.append(rate_once(corpus, folds, i * (folds.max() + 1)))
     paper, phrase, prob = (np.concatenate(arrays) for arrays in zip(*rated))
-    key, same = np.unique(paper * len(corpus.phrases) + phrase, return_inverse=True)
-    paper, phrase = np.divmod(key, len(corpus.phrases))
+    size = len(corpus.found.phrases)
+    key, same = np.unique(paper * size + phrase, return_inverse=True)
+    paper, phrase = np.divmod(key, size)
     return paper, phrase, np.bincount(same, prob) / len(partitions)
