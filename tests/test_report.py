@@ -163,7 +163,7 @@ def test_keywords_and_board_only_of_these_papers(kit, read_page, tmp_path, model
     text = read_page("--report-only")[1]
     assert "| f1 at 5 | 0.1234 |" in text and "77 papers" in text and "| keywords | – | – | 30 s |" in text
     parts = "0.4 × F1 1.0000 on 120 held-out papers + 0.6 × case-sensitive keyword recall 0.2500"
-    assert f"inferred, not official): {parts}: 0.550" in re.sub(r"\\(.)", r"\1", text)
+    assert text.count("keyword recall 0.2500: ") == 1 and "on 40 test papers + 0.6 ×" in text.replace("\\", "")
     assert f"inferred, not official): 0.5500 = {parts}\n" in kit("blend.py").stdout
     record["papers"]["test_fingerprint"] = "other"
     write_json(tmp_path / "outputs" / "keywords" / "metrics.json", record)
