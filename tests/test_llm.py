@@ -462,22 +462,22 @@ def test_two_processes_equal_one(kit, tmp_path, tiny_llm):
 
 
 @pytest.mark.slow
-def test_smollm2_learns_the_sample(kit, tmp_path):
-    """In one epoch of the default, far above the untrained model; and its answers in bf16 are those of float32."""
+def test_smollm2_learns(kit, tmp_path):
+    """An epoch of 60 papers takes it far above the untrained model; its answers in bf16 are those of float32."""
     answers = pd.read_csv(SAMPLE / "test_labels.csv", dtype={"uuid": str}).set_index("uuid")["label"]
 
     def predict(*flags, name="lora"):
-        done = kit("lora_predict.py", *flags)
+        done = kit("lora_predict.py", "--limit", 60, *flags)
         assert done.returncode == 0, done.stderr
         return probs_of(tmp_path / "outputs" / name / "test.csv")
 
-    kit("make_llm_data.py")
+    kit("make_llm_data.py", "--limit", 60)
     untrained = predict("--adapter", "none", "--model", "embedded", name="untrained")
-    done = kit("lora_finetune.py", "--model", "embedded", "--epochs", 1)
+    done = kit("lora_finetune.py", "--model", "embedded", "--epochs", 1, "--limit", 60)
     assert done.returncode == 0, done.stderr
     exact = predict("--precision", "fp32")
-    values = scores(answers[exact.index], exact)
-    assert values["auc"] > scores(answers[untrained.index], untrained)["auc"] + 0.2 and values["f1"] > 0.8
+    before, after = (scores(answers[probs.index], probs)["auc"] for probs in (untrained, exact))
+    assert after > before + 0.2
     for flags in ([], ["--batch-size", 1]):
         rounded = predict("--precision", "bf16", *flags)
         assert rounded.nunique() >= 36 and (rounded - exact).abs().mean() <= 0.01
