@@ -171,6 +171,7 @@ def test_refuses(refused, flags, words):
     refused("baseline.py", *flags, words=words)
 
 
+@pytest.mark.slow
 def test_as_a_process():
     """From a shell: one line on stderr and exit code 2; and no torch is imported."""
     command = [sys.executable, "baseline.py", "--train", "none.csv"]

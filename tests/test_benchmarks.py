@@ -95,6 +95,7 @@ def test_the_clock_stops_at_the_goal_and_does_not_count_the_looks():
     assert 0 < clock.reached <= clock.seconds() and clock.metrics(4)["train_papers_per_second"] > 0
 
 
+@pytest.mark.slow
 def test_a_run_writes_its_section_and_keeps_the_others(tmp_path):
     doc = tmp_path / "benchmarks.md"
     run.write_section(doc, "lora", "## earlier")

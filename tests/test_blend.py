@@ -202,6 +202,7 @@ def test_warns_if_all_papers_get_one_class(capsys, ones, of, train_share, warned
     assert ("warning" in capsys.readouterr().err) == warned
 
 
+@pytest.mark.slow
 def test_no_line_is_longer_than_160_characters(kit, tmp_path, model, write_csv):
     """On the sample with keywords and two models, and on papers where every warning comes."""
     model("baseline", 0.9)

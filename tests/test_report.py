@@ -124,6 +124,7 @@ def test_untrusted_text_stays_text(read_page, model, papers, write_csv, recwarn)
     assert "<script" not in re.sub(r"\\.", "", text)
 
 
+@pytest.mark.slow
 def test_same_inputs_same_bytes(read_page, tmp_path, model):
     model("baseline", 0.6)
     model("bert", 0.4, slice(0, 60), log=LOG)
