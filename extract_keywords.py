@@ -149,7 +149,6 @@ def parse_args():
     return parser.parse_args()
 
 
-
 def extract(args, folder):
     """Score keywords out of fold, choose those of the test papers, and write the files."""
     started = time.perf_counter()

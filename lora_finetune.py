@@ -101,9 +101,8 @@ def needs_checkpointing(model, args):
     """llm.needs_checkpointing for the memory that the loaded model leaves on its GPU; False on a CPU."""
     if model.device.type != "cuda":
         return False
-    config, papers = model.config.get_text_config(), min(args.batch_size, 4 * args.at_once)
-    if args.accumulate:
-        papers = -(-args.batch_size // args.accumulate)
+    config = model.config.get_text_config()
+    papers = -(-args.batch_size // training.count_pieces(args, model.device))
     free = torch.cuda.mem_get_info()[0] / 2**30
     needed = llm.needs_checkpointing(free, papers, args.max_length, config.num_hidden_layers, config.hidden_size)
     log(f"{free:.1f} GiB of GPU memory are left: {'with' if needed else 'without'} gradient checkpointing")
@@ -191,10 +190,10 @@ def train_adapters(accelerator, args, folder):
             log(f"model {len(runs) + 1} of {len(plans)}: {plan.name}")
         if model is None:
             model = add_adapter(llm.load_llm(args.model, accelerator, args.load_in_4bit)[0], args, plan.seed)
-        learned, held_out = list(papers[~plan.held_out]), list(papers[plan.held_out])
+        learned = list(papers[~plan.held_out])
         if args.short_copies:
             learned += encode_copies(tokenizer, train[~plan.held_out], args, kit["instruction"])
-        run = train_one(accelerator, args, plan, folder, kit, model, tokenizer, learned, held_out)
+        run = train_one(accelerator, args, plan, folder, kit, model, tokenizer, learned, list(papers[plan.held_out]))
         run["papers"] *= (~plan.held_out).sum() / len(learned)  # a paper and its copies count as one
         runs.append(run)
         model = None

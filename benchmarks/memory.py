@@ -15,6 +15,7 @@ import multiprocessing
 import sys
 import warnings
 import weakref
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -238,16 +239,9 @@ def alone(function, *arguments):
 
 def make_accelerator():
     """What train_step asks of an Accelerator."""
-
-    def clip(weights, most):
-        return torch.nn.utils.clip_grad_norm_(weights, most, foreach=True)
-
-    def backward(loss):
-        loss.backward()
-
     return SimpleNamespace(
-        num_processes=1, process_index=0, device=torch.device("cpu"), scaler=None, clip_grad_norm_=clip,
-        backward=backward,
+        num_processes=1, process_index=0, device=torch.device("cpu"), scaler=None, backward=torch.Tensor.backward,
+        clip_grad_norm_=partial(torch.nn.utils.clip_grad_norm_, foreach=True),
     )  # fmt: skip
 
 

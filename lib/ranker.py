@@ -181,9 +181,10 @@ def phrase_rates(view):
         ("tail_end", endings[found.tail], 20),
     ):
         features[f"rate_{name}"] = rates(keys, hits, folds, strength)
+    tf = np.bincount(found.of)
     for name, keys in (("left", found.left), ("right", found.right)):  # the mean over all places
         there = rates(keys, hits[found.of], folds[found.of], 10)
-        features[f"rate_{name}"] = np.bincount(found.of, there) / np.bincount(found.of)
+        features[f"rate_{name}"] = np.bincount(found.of, there) / tf
     return features
 
 

@@ -163,6 +163,12 @@ def memory_advice(advice):
         raise InputError(f"out of memory {advice}") from None
 
 
+def count_pieces(args, device):
+    """How many pieces a batch is split into: --accumulate, by default as many as the device computes fastest."""
+    at_once = 4 * args.at_once if device.type == "cuda" else args.at_once
+    return args.accumulate or -(-args.batch_size // at_once)
+
+
 def model_advice():
     """memory_advice for all that is neither a step nor a prediction: the model itself is too large."""
     return memory_advice("for the model itself: end what else holds memory (nvidia-smi), or give a smaller --model")
@@ -333,9 +339,7 @@ def fit(accelerator, model, task, train, held_out, folder, args, settings, shape
     that shapes the result, which a resumed run must share. shape: of the learning rate, see rate().
     Returns a dict with history (a dict an epoch), seconds and papers (both of the training steps alone).
     """
-    if not args.accumulate:
-        at_once = 4 * args.at_once if accelerator.device.type == "cuda" else args.at_once
-        args.accumulate = -(-args.batch_size // at_once)
+    args.accumulate = count_pieces(args, accelerator.device)
     model.to(accelerator.device)
     optimizer = make_optimizer(model, args)
     state = start_state(model, optimizer, folder, args, json.loads(json.dumps(settings)))
