@@ -63,7 +63,7 @@ trap 'stop 143' TERM
 
 # The command for the stages that are left, with the settings of this run.
 again() {
-    for name in DATA_DIR OUT_DIR SEED BERT_MODEL LLM_MODEL RESUME PYTHON; do
+    for name in DATA_DIR OUT_DIR SEED BERT_MODEL LLM_MODEL LLM_4BIT RESUME PYTHON; do
         [ -z "${!name:-}" ] || printf '%s=%q ' "$name" "${!name}"
     done
     # shellcheck disable=SC2086

@@ -141,7 +141,7 @@ def test_a_stream_that_takes_nothing(shell, stream, target):
 def test_a_signal_stops_the_child_at_once(shell, name, code):
     if signal.getsignal(getattr(signal, name)) is signal.SIG_IGN:
         pytest.skip(f"{name} is ignored here, as under nohup, and bash can't undo that")
-    process = shell.start("baseline", "bert", "blend", SLOW="bert_finetune.py", SEED=7)
+    process = shell.start("baseline", "bert", "blend", SLOW="bert_finetune.py", SEED=7, LLM_4BIT=1)
     while "bert_finetune.py" not in shell.log("scripts"):
         time.sleep(0.01)
     started = time.monotonic()
@@ -151,7 +151,7 @@ def test_a_signal_stops_the_child_at_once(shell, name, code):
     assert process.returncode == code and shell.log("scripts") == ["baseline.py", "bert_finetune.py"]
     last = [line for line in err.split("bert_finetune.py --model auto\n")[1].splitlines() if line]
     assert len(last) == 1 and "stopped during bert" in last[0]
-    assert last[0].endswith("run.sh' bert blend") and " SEED=7 RESUME=1 " in last[0]
+    assert last[0].endswith("run.sh' bert blend") and " SEED=7 LLM_4BIT=1 RESUME=1 " in last[0]
 
 
 @pytest.fixture
