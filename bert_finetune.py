@@ -174,10 +174,9 @@ def train_one(accelerator, args, plan, train, test, fields, folder):
 
 
 def predict_with(accelerator, args, folder, papers):
-    """(P(label = 1) by the model in folder/best, float array [papers], and the seconds it took). `papers`: encoded, or
-    a frame.
+    """(P(label = 1) by the model in folder/best, float array [papers], and the seconds that took, without loading the
+    model). `papers`: encoded, or a frame.
     """
-    started = time.perf_counter()
     best = folder / "best"
     kit = read_kit(best)
     source = hub.local_folder("--model", str(best))
@@ -185,10 +184,12 @@ def predict_with(accelerator, args, folder, papers):
     if not isinstance(papers, list):
         papers = encode(tokenizer, papers, kit["fields"], kit["max_length"])
     model = accelerator.prepare_model(model, evaluation_mode=True)
+    started = time.perf_counter()
     probs = training.predict(accelerator, model, papers, Task(tokenizer, accelerator.device, kit))
+    seconds = time.perf_counter() - started
     del model
     accelerator.free_memory()
-    return probs, time.perf_counter() - started
+    return probs, seconds
 
 
 def read_kit(best):

@@ -25,7 +25,6 @@ from lib import hub, results  # noqa: E402
 GOAL = 0.99  # accuracy on the test papers, the time to which is measured
 LOOKS = 4  # an epoch, at the test papers
 TOP = 10  # keywords a paper of those that take a number
-SETFIT_PAPERS = 16  # it trains on pairs of papers: more of them take hours
 
 
 class Clock:
@@ -95,20 +94,6 @@ def fasttext(train, test, fields, args):
         model = fasttext.train_supervised(str(path), epoch=25, lr=1.0, wordNgrams=2, seed=args.seed, verbose=0)
     answers = [dict(zip(*pair)) for pair in zip(*model.predict(prepare(test), k=2))]
     return np.clip([answer.get("__label__1", 0) for answer in answers], 0, 1), {}
-
-
-def setfit(train, test, fields, args):
-    from datasets import Dataset
-    from setfit import SetFitModel, Trainer, TrainingArguments
-
-    few = pd.concat([group.head(SETFIT_PAPERS // 2) for _, group in train.groupby("label")])
-    data = Dataset.from_dict({"text": build_text(few, fields), "label": few["label"].tolist()})
-    model = SetFitModel.from_pretrained(minilm())
-    with tempfile.TemporaryDirectory() as folder:
-        setup = TrainingArguments(folder, batch_size=16, num_epochs=1, num_iterations=5, seed=args.seed,
-                                  report_to="none", save_strategy="no", show_progress_bar=False)  # fmt: skip
-        Trainer(model=model, args=setup, train_dataset=data).train()
-    return model.predict_proba(build_text(test, fields), show_progress_bar=False, as_numpy=True)[:, 1], {}
 
 
 # ---- BERT ------------------------------------------------------------------------------------------------------------
@@ -290,7 +275,7 @@ def title(train, test, fields, args):
     return [[title] for title in test["title"]], {}
 
 
-CLASSIFIERS = (tutorial_words, fasttext, setfit, tutorial_bert, trainer_bert, chat_lora)
+CLASSIFIERS = (tutorial_words, fasttext, tutorial_bert, trainer_bert, chat_lora)
 EXTRACTORS = (keybert, yake, tfidf, title)
 PEERS = {peer.__name__: peer for peer in CLASSIFIERS + EXTRACTORS}
 
