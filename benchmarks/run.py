@@ -98,8 +98,8 @@ FREE = "baseline.py --fields title abstract"
 GROUPS = {
     "words": Group(
         "Words",
-        "The kit's time includes five folds, each with and without the authors. fastText sees the authors as words; the "
-        "kit counts their characters.",
+        "The kit's time includes five folds, each with and without the authors. fastText sees the authors as words; "
+        "the kit counts their characters.",
         SCORES,
         [
             kit("**baseline.py**", "baseline.py", "baseline"),
