@@ -149,8 +149,9 @@ GROUPS = {
     ),
     "keywords": Group(
         "Keywords",
-        "KeyBERT, YAKE and TF-IDF give ten keywords a paper. The kit's time includes learning from all other papers. "
-        "F1 is micro, exact match in any case; recall is the mean over papers, case-sensitive.",
+        "The kit's row is the reader's list; KeyBERT, YAKE and TF-IDF give ten keywords a paper. The kit's time "
+        "includes learning from all other papers. F1 is micro, exact match in any case; recall is the mean over "
+        "papers, case-sensitive.",
         ("keyword_f1", "keyword_recall", "seconds", "memory"),
         [
             kit("**extract_keywords.py**", "extract_keywords.py --submit k.csv", "keywords"),
@@ -327,7 +328,8 @@ def measure_group(group, args):
         for name, values in add_ratios(done, rows[0].name).items():
             found[name].append(values)
     tests = int(asked["is_test"].sum())
-    papers = f"{len(learn):,} papers to learn from, {tests:,} test papers, {len(asked) - tests:,} held out; "
+    counts = {"papers to learn from": len(learn), "test papers": tests, "held out": len(asked) - tests}
+    papers = ", ".join(f"{count:,} {what}" for what, count in counts.items() if count) + "; "
     return found, faults, papers + " + ".join(fields)
 
 
