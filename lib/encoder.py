@@ -1,0 +1,120 @@
+"""What a fine-tuned encoder thinks of the phrases of a paper: one more feature of the ranker, with --method encoder.
+
+    corpus.found.features["encoder"] = rate_phrases(folder, corpus, titles, abstracts, folds, seed)
+
+The encoder reads a paper, cut to LENGTH tokens. A phrase is the mean over its places of its first and its last token's
+vector, and two layers tell from that whether it is a keyword. The encoder learns with them, from all phrases of all
+papers with keywords. Cross-fitted over FOLDS folds: a paper is rated by a model that did not learn from it or a copy.
+"""
+
+import numpy as np
+import torch
+from torch.nn.functional import binary_cross_entropy_with_logits
+from torch.nn.utils.rnn import pad_sequence
+from torch.optim.lr_scheduler import LambdaLR
+from tqdm import tqdm
+from transformers import AutoModel, AutoTokenizer
+
+from lib import hub, training
+from lib.candidates import read_words
+from lib.ranker import entries
+
+LENGTH = 256  # tokens a paper
+FOLDS, EPOCHS, BATCH = 2, 2, 8
+RATE, HEAD_RATE = 2e-4, 1e-3  # highest learning rates: of the encoder, of the new layers
+CUT = -20.0  # the rating of a phrase that no token is left of
+
+
+class Rater(torch.nn.Module):
+    """An encoder, and two layers that rate phrases."""
+
+    def __init__(self, folder, seed):
+        super().__init__()
+        torch.manual_seed(seed)
+        with hub.explain_loading("--model", folder):
+            self.encoder = AutoModel.from_pretrained(folder, dtype=torch.float32, **hub.SAFE)
+        width = self.encoder.config.hidden_size
+        layers = torch.nn.Linear(2 * width, 256), torch.nn.GELU(), torch.nn.Linear(256, 1)
+        self.head = torch.nn.Sequential(torch.nn.Dropout(0.1), *layers)
+
+    def forward(self, papers):
+        """Log-odds of the phrases of some papers, one after the other: float tensor [phrases]."""
+        device = self.head[1].weight.device
+        rows = [torch.tensor(paper["input_ids"]) for paper in papers]
+        ids, mask = (pad_sequence(part, batch_first=True) for part in (rows, [torch.ones_like(row) for row in rows]))
+        vectors = self.encoder(input_ids=ids.to(device), attention_mask=mask.to(device)).last_hidden_state
+        row = torch.tensor(np.repeat(np.arange(len(papers)), [len(paper["first"]) for paper in papers]))
+        first, last = (torch.tensor(np.concatenate([paper[name] for paper in papers])) for name in ("first", "last"))
+        at_places = torch.cat([vectors[row, first], vectors[row, last]], dim=1)
+        places = torch.tensor(np.concatenate([paper["places"] for paper in papers]))
+        return self.head(torch.segment_reduce(at_places, "mean", lengths=places.to(device)))[:, 0]
+
+
+def encode(tokenizer, corpus, titles, abstracts):
+    """Each paper as a dict: "input_ids"; "phrases" (index into the candidates), those of which tokens are left; "hits"
+    (bool), whether they are its keywords; "places", how many each has; "first" and "last", the tokens of each place.
+    """
+    found, papers = corpus.found, []
+    hits = entries(corpus.keywords, found.paper, found.phrase) > 0
+    bounds = np.searchsorted(found.of, np.searchsorted(found.paper, np.arange(len(titles) + 1)))
+    for start, end, title, abstract in zip(bounds, bounds[1:], titles, abstracts):
+        words = [*read_words(title, True), *read_words(abstract, False)]
+        pieces = [part for word in words for part in (word.gap or ".", word.written)]
+        tokens = tokenizer(pieces, is_split_into_words=True, truncation=True, max_length=LENGTH)
+        first, last = {}, {}  # token of each word
+        for token, piece in enumerate(tokens.word_ids()):
+            if piece is not None and piece % 2:
+                first.setdefault(piece // 2, token)
+                last[piece // 2] = token
+        left = [i for i in range(start, end) if found.first[i] in first and found.last[i] in last]
+        phrases, places = np.unique(found.of[left], return_counts=True)
+        papers.append({
+            "input_ids": tokens["input_ids"], "phrases": phrases, "hits": hits[phrases], "places": places,
+            "first": [first[found.first[i]] for i in left], "last": [last[found.last[i]] for i in left],
+        })  # fmt: skip
+    return papers
+
+
+def fit(rater, papers, seed):
+    """Train on papers, with all their phrases."""
+    parts = ((rater.encoder, RATE), (rater.head, HEAD_RATE))
+    optimizer = torch.optim.AdamW([{"params": [*part.parameters()], "lr": lr} for part, lr in parts], weight_decay=0.01)
+    lengths = [len(paper["input_ids"]) for paper in papers]
+    batches = [batch for epoch in range(EPOCHS) for batch in training.draw_batches(lengths, BATCH, (seed, epoch))]
+    schedule = LambdaLR(optimizer, lambda step: training.rate(step, len(batches), 0.1, "linear"))
+    rater.train()
+    for batch in tqdm(batches, desc="encoder", unit="step"):
+        count = sum(len(papers[i]["hits"]) for i in batch)
+        for piece in np.array_split(batch, -(-len(batch) // training.ON_CPU)):
+            log_odds = rater([papers[i] for i in piece])
+            hits = torch.tensor(np.concatenate([papers[i]["hits"] for i in piece])).to(log_odds)
+            (binary_cross_entropy_with_logits(log_odds, hits, reduction="sum") / count).backward()
+        torch.nn.utils.clip_grad_norm_(rater.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+
+
+@torch.no_grad
+def rate(rater, paper):
+    """Log-odds of the phrases of a paper: float array. By itself, for no other paper may change them."""
+    return rater.eval()([paper]).cpu().numpy()
+
+
+def rate_phrases(folder, corpus, titles, abstracts, folds, seed):
+    """Log-odds of every candidate in a text: float array. folder: of the encoder; folds: int array [papers], below
+    FOLDS, -1 for a paper that is not learned from.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    papers = encode(AutoTokenizer.from_pretrained(folder, **hub.SAFE), corpus, titles, abstracts)
+    ratings = np.full(len(corpus.found.paper), CUT)
+    for paper in papers:
+        ratings[paper["phrases"]] = 0
+    for number in range(FOLDS):
+        rater = Rater(folder, seed + number).to(device)
+        learn = [paper for paper, fold in zip(papers, folds) if fold not in (-1, number) and len(paper["hits"])]
+        fit(rater, learn, seed + number)
+        for paper, fold in zip(tqdm(papers, desc="rate", unit="paper"), folds):
+            if fold in (-1, number) and len(paper["hits"]):
+                ratings[paper["phrases"]] += rate(rater, paper) / (FOLDS if fold == -1 else 1)
+    return ratings
