@@ -45,11 +45,11 @@ HEADS = ("classifier", "pooler", "score", "head", "sequence_summary", "logits_pr
 SHAPING = ("max_length", "short_copies", "dropout", *training.SHAPING)
 
 
-def find_model(name):
-    """(name, directory) of a --model value."""
+def find_model(name, flag="--model"):
+    """(name, directory) of the value of --model, or of another flag."""
     if name == "auto":
         name = AUTO if torch.cuda.is_available() else "embedded"
-    return name, str(hub.package_folder(*EMBEDDED)) if name == "embedded" else hub.local_folder("--model", name)
+    return name, str(hub.package_folder(*EMBEDDED)) if name == "embedded" else hub.local_folder(flag, name)
 
 
 def load_tokenizer(folder):
@@ -90,11 +90,8 @@ def load_model(folder, dropout=None, seed=0):
 
 
 def check_length(model, max_length):
-    """Raise InputError if the model can't read `max_length` tokens. RoBERTa's kind counts positions from pad + 1 on."""
-    limit = getattr(model.config, "max_position_embeddings", 0) or 0
-    for name, layer in model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(layer, torch.nn.Embedding):
-            limit = layer.num_embeddings - (0 if layer.padding_idx is None else layer.padding_idx + 1)
+    """Raise InputError if the model can't read `max_length` tokens."""
+    limit = hub.count_positions(model)
     if max_length < 8 or 0 < limit < max_length:
         raise InputError(f"--max-length {max_length}: {model.name_or_path} reads 8 to {limit or 'any number'} tokens")
 

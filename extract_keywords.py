@@ -157,7 +157,7 @@ def read_with_encoder(args, corpus, train, test, labelled, copies):
     from bert_finetune import find_model  # these import torch, which is not needed without
     from lib import encoder
 
-    folder = find_model(args.encoder)[1]
+    folder = find_model(args.encoder, "--encoder")[1]
     folds = draw_partitions(labelled, copies, len(train) + len(test), encoder.FOLDS, args.seed)[0]
     titles, abstracts = ([*train[name], *test[name]] for name in ("title", "abstract"))
     return encoder.rate_phrases(folder, corpus, titles, abstracts, folds, args.seed)

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from transformers import AutoModel, AutoTokenizer
 
 from lib import hub, training
-from lib.candidates import read_words
+from lib.candidates import WORD
 from lib.ranker import entries
 
 LENGTH = 256  # tokens a paper
@@ -31,7 +31,7 @@ class Rater(torch.nn.Module):
     def __init__(self, folder, seed):
         super().__init__()
         torch.manual_seed(seed)
-        with hub.explain_loading("--model", folder):
+        with hub.explain_loading("--encoder", folder):
             self.encoder = AutoModel.from_pretrained(folder, dtype=torch.float32, **hub.SAFE)
         width = self.encoder.config.hidden_size
         layers = torch.nn.Linear(2 * width, 256), torch.nn.GELU(), torch.nn.Linear(256, 1)
@@ -50,7 +50,7 @@ class Rater(torch.nn.Module):
         return self.head(torch.segment_reduce(at_places, "mean", lengths=places.to(device)))[:, 0]
 
 
-def encode(tokenizer, corpus, titles, abstracts):
+def encode(tokenizer, length, corpus, titles, abstracts):
     """Each paper as a dict: "input_ids"; "phrases" (index into the candidates), those of which tokens are left; "hits"
     (bool), whether they are its keywords; "places", how many each has; "first" and "last", the tokens of each place.
     """
@@ -58,20 +58,19 @@ def encode(tokenizer, corpus, titles, abstracts):
     hits = entries(corpus.keywords, found.paper, found.phrase) > 0
     bounds = np.searchsorted(found.of, np.searchsorted(found.paper, np.arange(len(titles) + 1)))
     for start, end, title, abstract in zip(bounds, bounds[1:], titles, abstracts):
-        words = [*read_words(title, True), *read_words(abstract, False)]
-        pieces = [part for word in words for part in (word.gap or ".", word.written)]
-        tokens = tokenizer(pieces, is_split_into_words=True, truncation=True, max_length=LENGTH)
-        first, last = {}, {}  # token of each word
-        for token, piece in enumerate(tokens.word_ids()):
-            if piece is not None and piece % 2:
-                first.setdefault(piece // 2, token)
-                last[piece // 2] = token
-        left = [i for i in range(start, end) if found.first[i] in first and found.last[i] in last]
+        text = f"{title}\n{abstract}"
+        row = tokenizer(text, truncation=True, max_length=length, return_offsets_mapping=True)
+        begins, ends = np.array(row["offset_mapping"]).T
+        tokens = np.flatnonzero(ends > begins)  # special ones have no letters
+        words = np.array([word.span() for word in WORD.finditer(text)]).reshape(-1, 2)
+        words = words[words[:, 1] <= ends.max()]  # those of which no token is cut
+        first = tokens[np.searchsorted(ends[tokens], words[:, 0], side="right")]
+        last = tokens[np.searchsorted(begins[tokens], words[:, 1]) - 1]
+        left = start + np.flatnonzero(found.last[start:end] < len(words))
         phrases, places = np.unique(found.of[left], return_counts=True)
-        papers.append({
-            "input_ids": tokens["input_ids"], "phrases": phrases, "hits": hits[phrases], "places": places,
-            "first": [first[found.first[i]] for i in left], "last": [last[found.last[i]] for i in left],
-        })  # fmt: skip
+        spans = {"first": first[found.first[left]], "last": last[found.last[left]]}
+        own = {"input_ids": row["input_ids"], "phrases": phrases, "hits": hits[phrases], "places": places}
+        papers.append(own | spans)
     return papers
 
 
@@ -106,7 +105,9 @@ def rate_phrases(folder, corpus, titles, abstracts, folds, seed):
     FOLDS, -1 for a paper that is not learned from.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    papers = encode(AutoTokenizer.from_pretrained(folder, **hub.SAFE), corpus, titles, abstracts)
+    length = min(LENGTH, hub.count_positions(Rater(folder, seed).encoder) or LENGTH)
+    with hub.explain_loading("--encoder", folder):
+        papers = encode(AutoTokenizer.from_pretrained(folder, **hub.SAFE), length, corpus, titles, abstracts)
     ratings = np.full(len(corpus.found.paper), CUT)
     for paper in papers:
         ratings[paper["phrases"]] = 0

@@ -156,3 +156,12 @@ def escape_special(tokenizer, text):
         if len(name) > 1 and not name.isspace() and name in text:
             text = text.replace(name, f"{name[0]} {name[1:]}")
     return text
+
+
+def count_positions(model):
+    """How many tokens a loaded encoder reads; 0: any number. RoBERTa's kind counts positions from pad + 1 on."""
+    limit = getattr(model.config, "max_position_embeddings", 0) or 0
+    for name, layer in model.named_modules():
+        if name.endswith("position_embeddings") and hasattr(layer, "num_embeddings"):
+            limit = layer.num_embeddings - (0 if layer.padding_idx is None else layer.padding_idx + 1)
+    return limit
