@@ -62,9 +62,7 @@ def load_model(folder, dropout=None, seed=0):
             folder, num_labels=2, id2label=LABELS, label2id={name: label for label, name in LABELS.items()}, **hub.SAFE
         )
         if dropout is not None:
-            for key, value in config.to_dict().items():
-                if "dropout" in key and isinstance(value, (int, float)) and not isinstance(value, bool):
-                    setattr(config, key, 0.0 if "att" in key else dropout)
+            hub.set_dropout(config, dropout)
         model, report = AutoModelForSequenceClassification.from_pretrained(
             folder, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True,
             **hub.SAFE,

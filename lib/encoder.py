@@ -13,14 +13,14 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.nn.utils.rnn import pad_sequence
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from lib import hub, training
 from lib.candidates import WORD
 from lib.ranker import entries
 
 LENGTH = 256  # tokens a paper
-FOLDS, EPOCHS, BATCH = 2, 2, 8
+FOLDS, EPOCHS, BATCH, DROPOUT = 2, 2, 8, 0.1
 RATE, HEAD_RATE = 2e-4, 1e-3  # highest learning rates: of the encoder, of the new layers
 CUT = -20.0  # the rating of a phrase that no token is left of
 
@@ -32,10 +32,12 @@ class Rater(torch.nn.Module):
         super().__init__()
         torch.manual_seed(seed)
         with hub.explain_loading("--encoder", folder):
-            self.encoder = AutoModel.from_pretrained(folder, dtype=torch.float32, **hub.SAFE)
+            config = AutoConfig.from_pretrained(folder, **hub.SAFE)
+            hub.set_dropout(config, DROPOUT)
+            self.encoder = AutoModel.from_pretrained(folder, config=config, dtype=torch.float32, **hub.SAFE)
         width = self.encoder.config.hidden_size
         layers = torch.nn.Linear(2 * width, 256), torch.nn.GELU(), torch.nn.Linear(256, 1)
-        self.head = torch.nn.Sequential(torch.nn.Dropout(0.1), *layers)
+        self.head = torch.nn.Sequential(torch.nn.Dropout(DROPOUT), *layers)
 
     def forward(self, papers):
         """Log-odds of the phrases of some papers, one after the other: float tensor [phrases]."""

@@ -174,3 +174,10 @@ def count_positions(model):
         if name.endswith("position_embeddings") and hasattr(layer, "num_embeddings"):
             limit = layer.num_embeddings - (0 if layer.padding_idx is None else layer.padding_idx + 1)
     return limit
+
+
+def set_dropout(config, dropout):
+    """Set the dropout of every layer; that of the attention to 0, for only then are the fused kernels used."""
+    for key, value in config.to_dict().items():
+        if "dropout" in key and isinstance(value, (int, float)) and not isinstance(value, bool):
+            setattr(config, key, 0.0 if "att" in key else dropout)
