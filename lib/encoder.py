@@ -1,4 +1,4 @@
-"""What a fine-tuned encoder thinks of the phrases of a paper: one more feature of the ranker, with --method encoder.
+"""What a fine-tuned encoder thinks of the phrases of a paper: one more feature of the ranker, with --encoder.
 
     corpus.found.features["encoder"] = rate_phrases("auto", corpus, titles, abstracts, folds, seed)
 
@@ -21,7 +21,8 @@ from lib.ranker import entries
 
 LENGTH = 256  # tokens a paper
 FOLDS, EPOCHS, BATCH, DROPOUT = 2, 2, 8, 0.1
-RATE, HEAD_RATE = 2e-4, 1e-3  # highest learning rates: of the encoder, of the new layers
+RATE, LARGE_RATE, HEAD_RATE = 2e-4, 3e-5, 1e-3  # highest learning rates: of an encoder, of one as large as BERT-base
+# (not tried), of the new layers
 CUT = -20.0  # the rating of a phrase that no token is left of
 
 
@@ -78,7 +79,8 @@ def encode(tokenizer, length, corpus, titles, abstracts):
 
 def fit(rater, papers, seed):
     """Train on papers, with all their phrases."""
-    parts = ((rater.encoder, RATE), (rater.head, HEAD_RATE))
+    highest = LARGE_RATE if rater.encoder.config.hidden_size >= 768 else RATE
+    parts = ((rater.encoder, highest), (rater.head, HEAD_RATE))
     optimizer = torch.optim.AdamW([{"params": [*part.parameters()], "lr": lr} for part, lr in parts], weight_decay=0.01)
     lengths = [len(paper["input_ids"]) for paper in papers]
     batches = [batch for epoch in range(EPOCHS) for batch in training.draw_batches(lengths, BATCH, (seed, epoch))]
