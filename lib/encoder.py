@@ -21,8 +21,8 @@ from lib.ranker import entries
 
 LENGTH = 256  # tokens a paper
 FOLDS, EPOCHS, BATCH, DROPOUT = 2, 2, 8, 0.1
-RATE, LARGE_RATE, HEAD_RATE = 2e-4, 3e-5, 1e-3  # highest learning rates: of an encoder, of one as large as BERT-base
-# (not tried), of the new layers
+RATE, HEAD_RATE = 2e-4, 1e-3  # highest learning rates: of the encoder, of the new layers
+LARGE_RATE = 3e-5  # of an encoder as large as BERT-base; not tried
 CUT = -20.0  # the rating of a phrase that no token is left of
 
 
