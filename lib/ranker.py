@@ -27,7 +27,7 @@ NEIGHBOURS, PROPOSED = 40, 30  # labelled papers asked for keywords, and how man
 TREES = {"max_iter": 100, "learning_rate": 0.1, "max_leaf_nodes": 31, "max_features": 0.2, "min_samples_leaf": 40,
          "l2_regularization": 5}  # fmt: skip
 NEGATIVES = 0.25  # share of the wrong candidates that a fold's trees learn from
-RANKED = ("tf_idf", "rate_head", "rate_phrase", "near", "alone_count", "encoder")  # features joined by their rank
+RANKED = ("tf_idf", "rate_head", "rate_phrase", "near", "alone_count")  # features that a paper's own rank joins
 
 
 # ---- all papers ------------------------------------------------------------------------------------------------------

@@ -4,11 +4,10 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
-from transformers import AutoTokenizer
 
 import common
 import extract_keywords as keywords
-from lib import candidates, casing, encoder, ranker
+from lib import candidates, casing, ranker
 from lib.results import board_estimate, choose_keywords, read_keywords, write_submission
 
 HEADER = ["uuid", "title", "abstract", "Keywords"]
@@ -324,61 +323,6 @@ def test_refuses_a_train_file_without_keywords(refused, small, write_csv):
 @pytest.mark.parametrize("flags", [("--top", "31"), ("--top", "0"), ("--folds", "1")])
 def test_refuses_flags_out_of_range(refused, flags):
     refused("extract_keywords.py", *flags, words=[flags[0]])
-
-
-# ---- a fine-tuned encoder --------------------------------------------------------------------------------------------
-
-
-def rate_by_encoder(tiny_bert, train, test, folds):
-    corpus = ranker.build_corpus(train, test, [candidates.split_keywords(cell) for cell in train["Keywords"]])
-    titles, abstracts = ([*train[name], *test[name]] for name in ("title", "abstract"))
-    return corpus.found, encoder.rate_phrases(str(tiny_bert), corpus, titles, abstracts, folds, 1)
-
-
-def test_the_encoder_never_learns_from_the_paper_that_it_rates(tiny_bert, small):
-    train = common.read_papers(small)
-    test, folds = train.head(2), np.append(np.arange(24) % encoder.FOLDS, [-1, -1])
-    found, ratings = rate_by_encoder(tiny_bert, train, test, folds)
-    changed = train.assign(Keywords=[train["title"][0].split()[-1], *train["Keywords"][1:]])
-    other, again = rate_by_encoder(tiny_bert, changed, test, folds)
-    names = [dict(zip([each.phrases[i] for i in each.phrase[each.paper == 0]], values[each.paper == 0]))
-             for each, values in ((found, ratings), (other, again))]  # fmt: skip
-    assert names[0] == names[1], "nor from its fold"
-    assert not np.array_equal(ratings[found.paper == 1], again[other.paper == 1]), "the other fold learns from it"
-    alone, values = rate_by_encoder(tiny_bert, train, test.head(1), folds[:-1])
-    assert np.array_equal(values[alone.paper == 24], ratings[found.paper == 24]), "no other test paper matters"
-
-
-def test_the_encoder_learns(tiny_bert, monkeypatch):
-    """That a word beside "about" is a keyword; the vocabulary has it as letters."""
-    monkeypatch.setattr(encoder, "EPOCHS", 15)
-    words = [a + b for a in "bcdfgklm" for b in "bcdfgklm"]
-    texts = [f"the {a} about {b} of {c}" for a, b, c in zip(words, words[1:], words[2:])]
-    papers = pd.DataFrame({"title": "", "abstract": texts, "Keywords": words[1:-1]})
-    found, ratings = rate_by_encoder(tiny_bert, papers, papers.head(0), np.arange(len(papers)) % 2)
-    hit = np.array([found.phrases[i] == papers["Keywords"][paper] for i, paper in zip(found.phrase, found.paper)])
-    assert np.mean(ratings[hit]) > np.mean(ratings[~hit]) + 1
-
-
-def test_places_are_those_of_the_phrase(tiny_bert, small):
-    """The tokens between first and last spell the phrase; what the model has no positions for is left out."""
-    train, tokenizer = common.read_papers(small).head(5), AutoTokenizer.from_pretrained(tiny_bert)
-    corpus = build(train)
-    for paper in encoder.encode(tokenizer, 64, corpus, train["title"], train["abstract"]):
-        assert len(paper["input_ids"]) <= 64 and paper["places"].sum() == len(paper["first"])
-        whole = np.repeat(paper["phrases"], paper["places"])
-        for candidate, first, last in zip(whole, paper["first"], paper["last"]):
-            spelled = "".join(tokenizer.convert_ids_to_tokens(paper["input_ids"][first : last + 1])).replace("##", "")
-            phrase = corpus.found.phrases[corpus.found.phrase[candidate]].replace(" ", "")
-            assert spelled == phrase or "[UNK]" in spelled
-
-
-def test_the_command_with_an_encoder(kit, refused, tmp_path, small, tiny_bert):
-    done = kit("extract_keywords.py", "--train", small, "--encoder", tiny_bert)
-    assert done.returncode == 0, done.stderr
-    metrics = json.loads((tmp_path / "outputs/keywords/metrics.json").read_text(encoding="utf-8"))
-    assert metrics["settings"]["encoder"] == str(tiny_bert) and len(rows(tmp_path)) == 40
-    refused("extract_keywords.py", "--train", small, "--encoder", tmp_path / "none", words=["--encoder", "none"])
 
 
 @pytest.mark.slow
