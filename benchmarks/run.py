@@ -145,7 +145,7 @@ GROUPS = {
             peer("peft + transformers' Trainer, then a chat about one paper at a time", "chat_lora"),
         ],
         learn=24,
-        ask=24,
+        ask=12,
     ),
     "keywords": Group(
         "Keywords",

@@ -21,7 +21,7 @@ from safetensors import safe_open
 
 import common
 
-MOMENTS = {"bert-folds": 3, "bert-seeds": 3, "lora-folds": 3, "lora-predict-new": 3}  # in one run; 4 of the others
+MOMENTS = {"bert-folds": 4, "bert-seeds": 4, "lora-folds": 4, "lora-predict-new": 4}  # in one run; 6 of the others
 CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir")
 QUICK = ["--limit", "24", "--batch-size", "4", "--epochs", "2", "--save-minutes", "0"]
 BERT = ["bert_finetune.py", "--model", "BERT", *QUICK, "--lr", "0.003", "--no-short-copies", "--max-length"]
@@ -196,7 +196,7 @@ def test_killed(prepared, tmp_path, case):
         again = [*command, "--resume"]
     else:
         again = command
-    for moment in random.Random(case).sample(range(1, moments + 1), min(MOMENTS.get(case, 4), moments)):
+    for moment in random.Random(case).sample(range(1, moments + 1), min(MOMENTS.get(case, 6), moments)):
         folder = tmp_path / f"killed {moment}"
         shutil.copytree(earlier, folder)
         assert go(folder, command, moment)[0] == -signal.SIGKILL
