@@ -83,7 +83,7 @@ def load_model(folder, dropout=None, seed=0):
     if lacking:
         raise InputError(f"--model {folder} has no weights for {few(lacking)}: it is not an encoder of its type")
     if other:
-        log(f"--model {folder} was trained for other labels: its head is drawn anew")
+        log(f"--model {folder} was trained for other labels: it gets a new head")
     heads = [layer for layer in model.modules() if isinstance(layer, torch.nn.Linear) and layer.out_features == 2]
     heads[-1].register_forward_hook(training.in_float32)
     return model

@@ -116,7 +116,7 @@ def read_label(cell):
 
 
 def read_bytes(path):
-    """The bytes of a CSV file, unpacked if it was packed with zip or gzip. Raises InputError if it is no such file."""
+    """The bytes of a CSV file, unpacked if it was packed with zip or gzip. Raises InputError if it is not one."""
     data = Path(path).read_bytes()
     is_zip = data.startswith(b"PK\x03\x04")
     if data.startswith(b"\xd0\xcf\x11\xe0") or (is_zip and b"xl/workbook.xml" in data):

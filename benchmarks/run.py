@@ -134,12 +134,12 @@ GROUPS = {
     ),
     "lora": Group(
         "LLM: speed, like for like",
-        "SmolLM2-135M, 512 tokens, batch 8, one epoch of few papers, which is too few to learn from.",
+        "SmolLM2-135M, 512 tokens, one epoch of few papers, too few to learn from; trained in batches of 8.",
         SPEED,
         [
             Row(
                 "**lora_finetune.py, lora_predict.py**",
-                ["make_llm_data.py", f"lora_finetune.py {LORA}", "lora_predict.py --precision fp32 --batch-size 8"],
+                ["make_llm_data.py", f"lora_finetune.py {LORA}", "lora_predict.py --precision fp32"],
                 "lora",
             ),
             peer("peft + transformers' Trainer, then a chat about one paper at a time", "chat_lora"),

@@ -162,7 +162,7 @@ def sides(words, first, last):
 
 @cache
 def is_open(side):
-    """Whether what stands beside a phrase is a stop word, punctuation or nothing."""
+    """Whether what comes before or after a phrase is a stop word, punctuation or nothing."""
     return side in STOP or not re.search(r"\w", side)
 
 

@@ -87,7 +87,7 @@ def make_accelerator(precision="auto"):
         for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             os.environ.pop(name, None)
         several = False
-    # Unless it is told, accelerate takes each of several processes on a CPU for the only one.
+    # Without cpu=True accelerate takes each of several processes on a CPU for the only one.
     precision = "no" if precision == "fp32" else precision
     wait = InitProcessGroupKwargs(timeout=timedelta(hours=12))  # for a process that has more to do
     accelerator = Accelerator(mixed_precision=precision, cpu=several and not cards, kwargs_handlers=[wait])
@@ -599,8 +599,7 @@ def predict(accelerator, model, papers, task, batch_size=None):
     """P(label = 1) of every paper, in their order: float array [papers]. Each paper is scored once, by one process.
     If memory runs out the batch is halved. Raises InputError if not even one paper fits, or a probability is NaN.
     """
-    cuda = accelerator.device.type == "cuda"
-    batch_size = (batch_size or ON_GPU) if cuda else min(batch_size or ON_CPU, ON_CPU)
+    batch_size = batch_size or (ON_GPU if accelerator.device.type == "cuda" else ON_CPU)
     model.eval()
     found = torch.zeros(2, len(papers), device=accelerator.device)  # probabilities, and how often each was scored
     batches = length_batches([len(paper["input_ids"]) for paper in papers], batch_size)
