@@ -165,18 +165,13 @@ def train_adapters(accelerator, args, folder):
     args.lr = args.lr or default_lr(args.method, model)
     virtual = args.virtual_tokens if args.method == "p-tuning-v2" else 0
     args.max_length = llm.fit_length(model, args.max_length or llm.default_length(args.model), virtual)
+    (single,) = training.make_plans(train, split | {"folds": None, "seeds": None}, args.seed)
     papers = np.empty(len(train), dtype=object)  # in the order of train
-    held_out = training.make_plans(train, split | {"folds": None, "seeds": None}, args.seed)[0].held_out
-    papers[~held_out] = llm.encode_items(tokenizer, items, args.max_length)
-    papers[held_out] = llm.encode_items(tokenizer, valid_items, args.max_length)
-    settings = {name: getattr(args, name) for name in SHAPING} | {"precision": accelerator.mixed_precision}
+    papers[~single.held_out] = llm.encode_items(tokenizer, items, args.max_length)
+    papers[single.held_out] = llm.encode_items(tokenizer, valid_items, args.max_length)
     kit = {
-        "model": args.model,
-        "prompt": llm.prompt_form(tokenizer),
-        "instruction": items[0]["instruction"],
-        "fields": args.fields,
-        "answers": llm.encode_answers(tokenizer),
-        "settings": settings,
+        **describe_prompt(tokenizer, items, args),
+        "settings": {name: getattr(args, name) for name in SHAPING} | {"precision": accelerator.mixed_precision},
         "split": split | {"limit": record.get("limit"), "train": record["train"]},
         "items": hashlib.sha256(json.dumps([items, valid_items]).encode()).hexdigest()[:16],
     }
@@ -200,6 +195,17 @@ def train_adapters(accelerator, args, folder):
         accelerator.free_memory()
     if accelerator.is_main_process:
         write_summary(accelerator, folder, plans, runs)
+
+
+def describe_prompt(tokenizer, items, args):
+    """What kit.json says of the question that the adapter learns to answer: lora_predict.py asks the same."""
+    return {
+        "model": args.model,
+        "prompt": llm.prompt_form(tokenizer),
+        "instruction": items[0]["instruction"],
+        "fields": args.fields,
+        "answers": llm.encode_answers(tokenizer),
+    }
 
 
 def encode_copies(tokenizer, train, args, instruction):
