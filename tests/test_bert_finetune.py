@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModel,
+    BertConfig,
+    BertModel,
     DebertaV2Config,
     DebertaV2Tokenizer,
     ModernBertConfig,
@@ -184,6 +186,18 @@ def test_a_long_paper_loses_its_abstract_not_its_authors(encode):
     head = pd.DataFrame({"title": ["a title"], "author": ["Lee, Ann"], "abstract": [""]})
     (short,), (cut,) = ids_of(head), ids_of(head.assign(abstract="b c d " * 500))
     assert len(cut) == 48 and cut[: len(short) - 1] == short[:-1] and cut[-1] == tokenizer.sep_token_id
+
+
+def test_the_default_length_is_what_fields_need_and_the_model_reads(tiny_bert):
+    small = bert_finetune.load_model(tiny_bert)
+    large = BertModel(BertConfig(vocab_size=20, max_position_embeddings=600, **SIZES))
+    for model, fields, length in (
+        (large, ["title", "author", "abstract"], 192),
+        (large, ["title", "abstract"], 512),
+        (small, ["title", "abstract"], 64),
+    ):
+        assert bert_finetune.choose_length(model, None, fields) == length
+        assert bert_finetune.choose_length(model, 48, fields) == 48
 
 
 def test_control_tokens_in_a_paper_are_plain_text(encode):
