@@ -477,8 +477,9 @@ def say_duration(run):
 def check_learned(run, steps):
     """Now and then, if the training loss is low, score held-out papers within an epoch: a hundred of them and, when all
     of these are right, the next time all. If all are right twice running, the learning rate falls to 0 over a tenth as
-    many steps again, and training ends. With fewer than a hundred held-out papers, or where a model never gets all
-    right, nothing changes: the epochs decide. The end of an epoch counts as the second time, too. `steps`: of an epoch.
+    many steps again, which ends the epoch, and training if all are right then, too. With fewer than a hundred held-out
+    papers, or where a model never gets all right, nothing changes: the epochs decide. The end of an epoch counts as the
+    second time, too. `steps`: of an epoch.
     """
     state, every = run.state, max(10, steps // 80 * 10)
     if len(run.held_out) < ENOUGH or state["stop"] or state["batch"] % every:
@@ -569,14 +570,16 @@ def score_epoch(run):
     history.append({"epoch": epoch, "train_loss": round(train_loss, 6), **values})
     best = max(range(len(history)), key=lambda i: rank_of(history[i]))
     tell_skipped(run)
-    state |= {"epoch": epoch, "batch": 0, "loss": 0.0, "skipped": 0, "checked": [0, 0.0]}
-    learned = state["stop"] is not None or (state["passed"] > 0 and values["accuracy"] == 1)  # see check_learned
-    state["passed"] = state["passed"] if values["accuracy"] == 1 else 0
+    learned, cooled = values["accuracy"] == 1 and state["passed"] > 0, state["stop"] is not None  # see check_learned
+    state |= {"epoch": epoch, "batch": 0, "loss": 0.0, "skipped": 0, "checked": [0, 0.0], "passed": 0}
+    state |= {"cool": None, "stop": None}
     state["finished"] = epoch == args.epochs or len(history) - 1 - best >= args.patience or learned
     left = (args.epochs - epoch) * len(run.train) * state["seconds"] / state["papers"] / 60
     log(f"epoch {epoch}: train loss {train_loss:.4f}; {len(run.held_out)} held out: accuracy {values['accuracy']:.4f}, "
         f"f1 {values['f1']:.4f}, log-loss {values['log_loss']:.4f}{' (best so far)' if better else ''}"
         + (f"; about {left:.0f} min left" if left >= 1 and not state["finished"] else ""))  # fmt: skip
+    if cooled and not state["finished"]:
+        log("some held-out papers are wrong again, so training goes on")
     if run.accelerator.is_main_process:
         if better:
             with results.atomic_write(run.folder / "best") as part:

@@ -200,6 +200,21 @@ def test_what_is_learned_ends_within_an_epoch(tmp_path, monkeypatch, capsys):
     assert "learned: the learning rate falls to 0" in capsys.readouterr().err
 
 
+def test_what_is_wrong_again_is_not_learned(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(training, "ENOUGH", 20)
+    calls, predict = [], training.predict
+
+    def wrong_once(*given):
+        """Wrong after the learning rate fell: the third time, after 20 and then all held-out papers were right."""
+        calls.append(predict(*given))
+        return 1 - calls[-1] if len(calls) == 3 else calls[-1]
+
+    monkeypatch.setattr(training, "predict", wrong_once)
+    done, _, _ = fit(tmp_path, **LEARNS)
+    assert [epoch["accuracy"] for epoch in done["history"]] == [0, 1] and 80 < done["papers"] < 160
+    assert "wrong again, so training goes on" in capsys.readouterr().err
+
+
 def test_resume_refuses_another_run(tmp_path):
     fit(tmp_path, epochs=1)
     with pytest.raises(InputError, match="lr was 0.05 and is 0.1"):
