@@ -99,7 +99,8 @@ def choose_length(model, max_length, fields):
         if name.endswith("position_embeddings") and isinstance(layer, torch.nn.Embedding):
             limit = layer.num_embeddings - (0 if layer.padding_idx is None else layer.padding_idx + 1)
     if max_length is None:
-        return min(LENGTH["author" in fields], limit or max(LENGTH.values()))
+        length = LENGTH["author" in fields]
+        return min(length, limit or length)
     if max_length < 8 or 0 < limit < max_length:
         raise InputError(f"--max-length {max_length}: {model.name_or_path} reads 8 to {limit or 'any number'} tokens")
     return max_length

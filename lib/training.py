@@ -87,9 +87,9 @@ def make_accelerator(precision="auto"):
         for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             os.environ.pop(name, None)
         several = False
-    # Without cpu=True accelerate takes each of several processes on a CPU for the only one.
     precision = "no" if precision == "fp32" else precision
     wait = InitProcessGroupKwargs(timeout=timedelta(hours=12))  # for a process that has more to do
+    # Without cpu=True accelerate takes each of several processes on a CPU for the only one.
     accelerator = Accelerator(mixed_precision=precision, cpu=several and not cards, kwargs_handlers=[wait])
     Process.first = accelerator.is_main_process
     return accelerator

@@ -298,8 +298,9 @@ def test_prediction_halves_its_batch_and_keeps_the_order():
         sizes.append(len(papers))
         return probs(model, papers)
 
-    want = training.predict(accelerator, model, papers, make_task(probs=counted), 16)
-    assert sizes == [16, 16, 5], "on a CPU, too"
+    want = training.predict(accelerator, model, papers, make_task(), 1)
+    whole = training.predict(accelerator, model, papers, make_task(probs=counted), 16)
+    assert np.allclose(whole, want, atol=1e-6) and sizes == [16, 16, 5], "on a CPU, too"
     sizes.clear()
     halved = training.predict(accelerator, model, papers, make_task(probs=limited(counted, 3)), 16)
     assert np.allclose(halved, want, atol=1e-6) and max(sizes) <= 3 and sum(sizes) == 37
