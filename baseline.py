@@ -32,8 +32,8 @@ from sklearn.svm import LinearSVC
 from tqdm import tqdm
 
 import common
-from common import InputError, bounded, few, log, positive_int, run_script
-from lib import results
+from lib import cli, results
+from lib.cli import InputError, bounded, few, log, positive_int
 from lib.results import scores
 
 MODELS = {"lr": "logistic regression", "nb": "naive Bayes", "svm": "linear SVM", "rf": "random forest"}
@@ -333,7 +333,7 @@ def describe_choice(best, candidates):
 
 
 def parse_args():
-    parser = common.arg_parser(__doc__)
+    parser = cli.arg_parser(__doc__, "train", "test", "fields", "seed", "limit")
     results.add_keywords_flag(parser)
     add = parser.add_argument_group("model").add_argument
     add("--features", choices=("tfidf", "bow"), default="tfidf", help="default %(default)s")
@@ -400,4 +400,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_script(main)
+    cli.run_script(main)

@@ -21,20 +21,9 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-from common import (
-    InputError,
-    arg_parser,
-    bounded,
-    build_text,
-    few,
-    fingerprint,
-    load_papers,
-    load_test,
-    log,
-    positive_int,
-    run_script,
-)
+from common import build_text, fingerprint, load_papers, load_test
 from lib import gpu, hub, results, training
+from lib.cli import InputError, arg_parser, bounded, few, log, positive_int, run_script
 from lib.items import short_copies
 from lib.results import scores
 
@@ -222,7 +211,7 @@ def predict_only(accelerator, args, folder):
 
 
 def parse_args():
-    parser = arg_parser(__doc__)
+    parser = arg_parser(__doc__, "train", "test", "fields", "valid_ratio", "split_seed", "seed", "limit")
     results.add_keywords_flag(parser)
     add = parser.add_argument_group("model").add_argument
     add("--model", default="auto", metavar="M", help=f"hub name, directory, 'embedded' (MiniLM), or 'auto': {AUTO} "
@@ -242,7 +231,7 @@ def parse_args():
 def train_and_predict(accelerator, args, folder):
     """Train the models, score held-out and test papers, write the folder's files."""
     train, test, fields = load_papers(args)
-    plans = training.make_plans(train, vars(args), args.seed)
+    plans = training.make_plans(train, vars(args) | {"seed": args.split_seed}, args.seed)
     with accelerator.local_main_process_first():
         args.model, source = find_model(args.model)
     load_tokenizer(source)

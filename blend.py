@@ -22,8 +22,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score, roc_auc_score
 from sklearn.model_selection import cross_val_predict
 
-from common import InputError, arg_parser, build_text, few, fold_numbers, load_papers, log, run_script
-from lib import report
+from common import build_text, fold_numbers, load_papers
+from lib import cli, report
+from lib.cli import InputError, few, log
 from lib.results import (
     add_keywords_flag,
     paper_record,
@@ -242,7 +243,7 @@ def read_failed(out_dir):
 
 
 def parse_args():
-    parser = arg_parser(__doc__)
+    parser = cli.arg_parser(__doc__, "train", "test", "fields", "seed", "limit")
     add_keywords_flag(parser)
     parser.add_argument("--submit", default="submit_task1.csv", metavar="FILE", help="default %(default)s")
     parser.add_argument("--report-only", action="store_true", help="write no submission")
@@ -302,4 +303,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_script(main)
+    cli.run_script(main)

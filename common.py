@@ -5,17 +5,12 @@
     texts = build_text(papers, ["title", "abstract"])              # list of str, one per paper
 """
 
-import argparse
 import csv
 import gzip
 import hashlib
 import html
 import io
-import logging
-import os
 import re
-import sys
-import time
 import unicodedata
 import zipfile
 import zlib
@@ -25,8 +20,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-HERE = Path(__file__).resolve().parent
-FIELDS = ("title", "author", "abstract", "Keywords")
+from lib.cli import FIELDS, InputError, few, log
+
 REQUIRED = ("uuid", "title", "abstract")
 PLACEHOLDERS = {"", "nan", "none", "null", "nil", "n/a", "#n/a", "-", "--", "?", "tmp", "todo", "na", "无", "暂无"}
 INVISIBLE = dict.fromkeys([0xAD, 0x61C, 0xFEFF, *range(0x200B, 0x2010), *range(0x202A, 0x202F), *range(0x2060, 0x2070)])
@@ -36,56 +31,6 @@ WITHIN = r"sub|sup|i|b|u|em|strong|italic|bold|sc|tt|span|font|a|underline|monos
 BETWEEN = r"p|br|div|title|sec|abstract|label|list|list-item|ul|ol|li|h[1-6]|table|tr|td|th|tbody|inline-formula|math"
 TAG_WITHIN = re.compile(rf"</?(?:jats:)?(?:{WITHIN}){ATTRIBUTES}", re.IGNORECASE)
 TAG_BETWEEN = re.compile(rf"</?(?:jats:[\w-]+|mml:[\w-]+|{BETWEEN}){ATTRIBUTES}", re.IGNORECASE)
-logging.getLogger("matplotlib").setLevel(logging.ERROR)  # silent about where its cache goes if the home is read-only
-
-
-class InputError(Exception):
-    """Wrong input or flags: shown as one line on stderr, exit code 2."""
-
-
-class Process:
-    first = True  # of the processes that train together; training.make_accelerator sets it
-
-
-def log(message):
-    """Print a line to stderr, from the first process only."""
-    if Process.first:
-        print(message, file=sys.stderr, flush=True)
-
-
-def open_streams():
-    """Make every print() safe: what goes to a closed stream is dropped, what the terminal can't show becomes '?'."""
-    for name in ("stdin", "stdout", "stderr"):  # in this order, so that each gets its own number, 0 to 2, again
-        if getattr(sys, name) is None:  # closed; print() to a closed stderr would go to stdout
-            setattr(sys, name, open(os.devnull, "r+", encoding="utf-8"))
-    if isinstance(sys.stdout, io.TextIOWrapper):  # it is another thing in a notebook
-        sys.stdout.reconfigure(errors="replace")
-
-
-def run_script(main):
-    """Run main(). A fault the user can fix becomes one line on stderr and an exit code, not a traceback."""
-    open_streams()
-    try:
-        main()
-        return sys.stdout.flush()
-    except InputError as error:
-        message, code = " ".join(str(error).split()), 2
-    except OSError as error:  # disk full, no permission, closed pipe
-        message, code = f"{error.filename or 'input/output'}: {error.strerror or error}", 2
-    except KeyboardInterrupt as error:  # its text may say how to go on
-        message, code = f"interrupted{'; ' if str(error) else ''}{error}", 130
-    sys.stdout = open(os.devnull, "w")  # what the real one could not write would be an error at the end of Python again
-    if not Process.first:
-        time.sleep(3)  # let the first say it: the launcher ends all as soon as one has ended
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
-    sys.exit(code)
-
-
-def few(values, most=5):
-    """The first few of many values as printable text: [3, 7, 9, 12, 15, 20] -> '3, 7, 9, 12, 15 … (6 in all)'."""
-    values = list(values)
-    shown = ["".join(c if c.isprintable() else "\ufffd" for c in str(value)[:40]) for value in values[:most]]
-    return ", ".join(shown) + (f" … ({len(values)} in all)" if len(values) > most else "")
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
@@ -441,73 +386,3 @@ def fold_numbers(papers, folds=5, seed=42):
     check_classes(own["label"], folds, f"train, for --folds {folds}")
     ranks = draw_ranks(own, seed) % folds
     return np.where(own["label"] == 1, folds - 1 - ranks, ranks)[group]  # so that no fold gets both surpluses
-
-
-# ---- flags -----------------------------------------------------------------------------------------------------------
-
-
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose error is one line."""
-
-    def error(self, message):
-        raise InputError(f"{message} (see --help)")
-
-
-def bounded(kind, low, high):
-    """A type for add_argument: `kind` is int or float; low <= value <= high."""
-
-    def read(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole' if kind is int else 'a'} number "
-                                             f"from {low} to {high}")
-        return value
-
-    return read
-
-
-positive_int = bounded(int, 1, 10**9)
-fraction = bounded(float, 1e-6, 1 - 1e-6)
-
-
-def data_dir():
-    """$DATA_DIR, else data/ if it holds train.csv, else data/sample."""
-    own = HERE / "data"
-    return Path(os.environ.get("DATA_DIR") or (own if (own / "train.csv").is_file() else own / "sample"))
-
-
-def arg_parser(doc, split=True, recorded=""):
-    """A parser with the flags that every script shares; --fields and --valid-ratio only with `split`. `recorded`: the
-    script whose record says what these and --seed are, unless they are given; see take_recorded.
-    """
-    parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument_group("papers and output").add_argument
-    out_dir = Path(os.environ.get("OUT_DIR") or HERE / "outputs")
-    add("--train", type=Path, default=data_dir() / "train.csv", metavar="FILE", help="default: %(default)s")
-    add("--test", type=Path, default=data_dir() / "test.csv", metavar="FILE", help="default: %(default)s")
-    add("--out-dir", type=Path, default=out_dir, metavar="DIR", help="default: %(default)s")
-    if split:
-        before = f", default: as {recorded} was run" if recorded else ""
-        add("--fields", nargs="+", choices=FIELDS, metavar="F",
-            help="columns to read" + (before or f", default: {' '.join(FIELDS)}, where both files have it"))
-        add("--valid-ratio", type=fraction, default=None if recorded else 0.1, metavar="R",
-            help="held-out share of train" + (before or ", default 0.1"))
-    add("--seed", type=bounded(int, 0, 2**32 - 1), default=42, metavar="N", help="default %(default)s")
-    add("--limit", type=positive_int, metavar="N", help="only the first N papers of each file, for a quick look")
-    return parser
-
-
-def take_recorded(args, record, where):
-    """Set --fields and --valid-ratio from the record of an earlier script. Raises InputError if they were given, too,
-    and differ.
-    """
-    for name in ("fields", "valid_ratio"):
-        given, known = getattr(args, name), record[name]
-        if given is not None and (set(given) != set(known) if name == "fields" else given != known):
-            shown = " ".join(known) if name == "fields" else known
-            raise InputError(f"{where} was made with --{name.replace('_', '-')} {shown}: give that or leave it out, or "
-                             "make it again")
-        setattr(args, name, known)

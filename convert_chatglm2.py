@@ -25,7 +25,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from tqdm import tqdm
 from transformers import GenerationConfig, GlmConfig, GlmForCausalLM, PreTrainedTokenizerFast
 
-from common import InputError, Parser, few, log, run_script
+from lib.cli import InputError, Parser, few, log, run_script
 from lib.hub import check_links, check_pointer
 from lib.results import atomic_write, read_json, write_json
 

@@ -23,9 +23,10 @@ from pathlib import Path
 import numpy as np
 
 import common
-from common import InputError, bounded, log, positive_int, run_script
+from lib import cli
 from lib.candidates import CHINESE, SEPARATORS, find_separator, split_cell, split_keywords, stem
 from lib.casing import list_entries
+from lib.cli import InputError, bounded, log, positive_int
 from lib.ranker import build_corpus, entries, learn_and_rate, rank
 from lib.results import environment, locked, paper_record, write_csv, write_json
 
@@ -140,7 +141,7 @@ def read_both(args):
 
 
 def parse_args():
-    parser = common.arg_parser(__doc__, split=False)
+    parser = cli.arg_parser(__doc__, "train", "test", "seed", "limit")
     add = parser.add_argument_group("keywords").add_argument
     add("--top", type=bounded(int, 1, MOST), metavar="K", help="length of the reader's list; default: as rated")
     add("--entries", type=positive_int, default=40, metavar="K", help="length of the board's list, default %(default)s")
@@ -202,4 +203,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_script(main)
+    cli.run_script(main)

@@ -21,20 +21,9 @@ import numpy as np
 import torch
 from peft import LoraConfig, PrefixTuningConfig, TaskType, get_peft_model
 
-from common import (
-    InputError,
-    arg_parser,
-    bounded,
-    check_classes,
-    few,
-    fingerprint,
-    log,
-    positive_int,
-    read_papers,
-    run_script,
-    take_recorded,
-)
+from common import check_classes, fingerprint, read_papers
 from lib import llm, results, training
+from lib.cli import InputError, arg_parser, bounded, few, log, positive_int, run_script
 from lib.items import build_items, short_copies
 
 SHAPING = ("method", "rank", "alpha", "dropout", "target_modules", "virtual_tokens", "max_length", "load_in_4bit")
@@ -127,7 +116,7 @@ class Task(llm.Task):
 
 
 def parse_args():
-    parser = arg_parser(__doc__, recorded="make_llm_data.py")
+    parser = arg_parser(__doc__, "train", "seed")
     add = parser.add_argument_group("model and adapter").add_argument
     add("--model", default="auto", metavar="M", help=f"hub name, directory, 'embedded' (SmolLM2-135M), or 'auto': "
         f"with CUDA {llm.AUTO}, or a smaller Qwen3 that fits; embedded without")  # fmt: skip
@@ -155,7 +144,7 @@ def train_adapters(accelerator, args, folder):
     """Train on paper_label.json, and leave adapters and records in folder."""
     path = args.data or args.out_dir / "paper_label.json"
     items, valid_items, record = read_items(path)
-    take_recorded(args, record, path)
+    args.fields = record["fields"]
     train = read_train(args, record, path)
     split = {"seed": record["seed"], "valid_ratio": record["valid_ratio"], "folds": args.folds, "seeds": args.seeds}
     plans = training.make_plans(train, split, args.seed)

@@ -17,20 +17,9 @@ from pathlib import Path
 import numpy as np
 from peft import PeftModel
 
-from common import (
-    FIELDS,
-    InputError,
-    arg_parser,
-    fingerprint,
-    load_papers,
-    load_test,
-    log,
-    positive_int,
-    read_papers,
-    run_script,
-    take_recorded,
-)
+from common import fingerprint, load_papers, load_test, read_papers
 from lib import hub, llm, results, training
+from lib.cli import FIELDS, InputError, arg_parser, log, positive_int, run_script
 from lib.items import build_items
 from lib.results import read_json, scores
 
@@ -128,9 +117,9 @@ def predict(accelerator, args, folder, adapters, kits, train, test):
     """Score the papers with each adapter, average, and write the folder's files."""
     plans, found = [], []
     if train is not None:
-        common_split = {"seed": args.seed, "valid_ratio": args.valid_ratio, "folds": None, "seeds": None}
+        common_split = {"seed": 42, "valid_ratio": 0.1, "folds": None, "seeds": None}
         split = kits[0].get("split", common_split)
-        plans = training.make_plans(train, split, kits[0].get("seed", args.seed))
+        plans = training.make_plans(train, split, kits[0].get("seed", 42))
         if args.adapter:  # a single one: the plan of its own folder's name, or the only one
             plans = [plan for plan in plans if plan.name == Path(args.adapter).resolve().parent.name] or plans[:1]
     for place, (adapter, kit) in enumerate(zip(adapters, kits)):
@@ -181,7 +170,7 @@ def write_results(accelerator, args, folder, adapters, kit, plans, train, test, 
 
 
 def parse_args():
-    parser = arg_parser(__doc__, recorded="lora_finetune.py")
+    parser = arg_parser(__doc__, "train", "test", "fields", "limit")
     results.add_keywords_flag(parser)
     add = parser.add_argument_group("model").add_argument
     add("--adapter", metavar="DIR", help="default: best/ of the --name folder; 'none': the untrained model")
@@ -202,12 +191,13 @@ def main():
     folder = args.out_dir / (args.name or ("untrained" if untrained else "lora"))
     if untrained:
         args.adapter, adapters = None, [None]
-        args.valid_ratio = args.valid_ratio or 0.1
         kits = [{"model": llm.find_model(args.model or "auto", accelerator), "settings": {}}]
     else:
         adapters = find_adapters(args, folder)
         kits = [read_kit(adapter) for adapter in adapters]
-        take_recorded(args, {"fields": kits[0]["fields"], "valid_ratio": kits[0]["split"]["valid_ratio"]}, adapters[0])
+        if args.fields not in (None, kits[0]["fields"]):
+            raise InputError(f"--fields: the adapter was trained on {' '.join(kits[0]['fields'])}: leave --fields out")
+        args.fields = kits[0]["fields"]
     args.max_length = args.max_length or kits[0]["settings"].get("max_length") or llm.default_length(kits[0]["model"])
     train, test = choose_papers(args, kits[0])
     with results.locked(folder, accelerator.is_main_process), training.model_advice():

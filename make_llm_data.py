@@ -11,7 +11,8 @@ lora_finetune.py the papers, fields and split. The instruction may be edited in 
 
 import json
 
-from common import arg_parser, fingerprint, load_papers, log, run_script, split_papers
+from common import fingerprint, load_papers, split_papers
+from lib.cli import arg_parser, log, run_script
 from lib.items import build_items
 from lib.results import atomic_write, write_json
 
@@ -36,16 +37,16 @@ def write_items(path, papers, fields):
 
 
 def main():
-    args = arg_parser(__doc__).parse_args()
+    args = arg_parser(__doc__, "train", "test", "fields", "valid_ratio", "split_seed", "limit").parse_args()
     train, test, fields = load_papers(args)
-    held_out = split_papers(train, args.valid_ratio, args.seed)
+    held_out = split_papers(train, args.valid_ratio, args.split_seed)
     parts = {"paper_label": train[~held_out], "paper_label_valid": train[held_out], "paper_label_test": test}
     source = args.out_dir / "paper_label_source.json"
     source.unlink(missing_ok=True)  # if this run is killed, lora_finetune.py does not take its files for a whole set
     for name, papers in parts.items():
         write_items(args.out_dir / f"{name}.json", papers, fields)
     write_json(args.out_dir / "dataset_info.json", dataset_info(parts))
-    split = {"fields": fields, "seed": args.seed, "valid_ratio": args.valid_ratio, "limit": args.limit}
+    split = {"fields": fields, "seed": args.split_seed, "valid_ratio": args.valid_ratio, "limit": args.limit}
     write_json(source, split | {"train": fingerprint(train)})
     counts = ", ".join(f"{len(papers)} in {name}.json" for name, papers in parts.items())
     log(f"wrote to {args.out_dir}: {counts}, with {' '.join(fields)}")

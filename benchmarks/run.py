@@ -33,8 +33,8 @@ KIT = HERE.parent
 sys.path.insert(0, str(KIT))
 
 import common  # noqa: E402
-from common import InputError, log, positive_int  # noqa: E402
-from lib import results  # noqa: E402
+from lib import cli, results  # noqa: E402
+from lib.cli import InputError, log, positive_int  # noqa: E402
 
 GOAL = 0.99  # accuracy on the test papers, the time to which is measured
 PACKAGES = ("scikit-learn", "torch", "transformers", "peft", "fasttext-numpy2", "keybert", "yake")
@@ -441,9 +441,9 @@ def write_section(path, name, text):
 
 
 def parse_args():
-    parser = common.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--data", type=Path, default=common.data_dir(), metavar="DIR", help="train.csv, test.csv and test_labels.csv; "
+    add("--data", type=Path, default=cli.data_dir(), metavar="DIR", help="train.csv, test.csv and test_labels.csv; "
         "default: %(default)s")  # fmt: skip
     add("--only", nargs="+", choices=GROUPS, default=list(GROUPS), metavar="GROUP", help=f"of {', '.join(GROUPS)}")
     add("--rounds", type=positive_int, default=3, metavar="N", help="default %(default)s")
@@ -467,4 +467,4 @@ def main():
 
 
 if __name__ == "__main__":
-    common.run_script(main)
+    cli.run_script(main)

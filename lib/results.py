@@ -20,7 +20,8 @@ import numpy as np
 import pandas as pd
 from filelock import FileLock, Timeout
 
-from common import InputError, clean, few, fingerprint, label_column, log, read_columns, read_label
+from common import clean, fingerprint, label_column, read_columns, read_label
+from lib.cli import InputError, few, log
 
 METRICS = ("accuracy", "precision", "recall", "f1", "auc", "log_loss")
 RERUN = "run the script that writes it again"

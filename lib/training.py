@@ -34,8 +34,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from common import InputError, Process, bounded, fold_numbers, log, positive_int, split_papers
+from common import fold_numbers, split_papers
 from lib import gpu, hub, results
+from lib.cli import InputError, Process, bounded, log, positive_int
 
 warnings.filterwarnings("ignore", category=FutureWarning)
 transformers.logging.set_verbosity_error()  # the kit says in a line what matters of it

@@ -17,6 +17,7 @@ import pandas as pd
 import pytest
 
 import common
+from lib import cli
 
 KIT = Path(__file__).resolve().parent.parent
 SAMPLE = KIT / "data" / "sample"
@@ -50,7 +51,7 @@ def call(folder, script, *flags, **env):
             patch.setenv(name, str(value))
         patch.setattr(sys, "argv", [script, *map(str, flags)])
         try:
-            common.run_script(importlib.import_module(script.removesuffix(".py")).main)
+            cli.run_script(importlib.import_module(script.removesuffix(".py")).main)
         except SystemExit as end:
             code = end.code
         if state := sys.modules.get("accelerate.state"):  # a new process may choose another precision

@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import SAMPLE
+from conftest import KIT, SAMPLE
 from scipy.sparse import csr_matrix
 
 import baseline
@@ -175,7 +175,7 @@ def test_refuses(refused, flags, words):
 def test_as_a_process():
     """From a shell: one line on stderr and exit code 2; and no torch is imported."""
     command = [sys.executable, "baseline.py", "--train", "none.csv"]
-    done = subprocess.run(command, cwd=common.HERE, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=KIT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("baseline.py: none.csv: no such file"), done.stderr
     code = "import sys, baseline; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=common.HERE).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], cwd=KIT).returncode == 0

@@ -1,4 +1,3 @@
-import argparse
 import csv
 import gzip
 import io
@@ -12,7 +11,7 @@ import pytest
 from conftest import KIT
 
 import common
-from common import InputError
+from lib.cli import InputError
 
 HEADER = ["uuid", "title", "author", "abstract", "Keywords", "label"]
 ROWS = [
@@ -279,18 +278,3 @@ def test_fingerprint_knows_papers_whatever_their_order():
 )  # fmt: skip
 def test_a_wrong_flag_is_one_line(refused, flags):
     refused("baseline.py", *flags, words=[flags[0]])
-
-
-def test_a_record_sets_flags_and_refuses_others():
-    record = {"fields": ["title", "abstract"], "valid_ratio": 0.1}
-
-    def taken(**given):
-        args = argparse.Namespace(**{"fields": None, "valid_ratio": None} | given)
-        common.take_recorded(args, record, "a.json")
-        return vars(args)
-
-    assert taken() == taken(fields=["abstract", "title"]) == taken(valid_ratio=0.1) == record
-    with pytest.raises(InputError, match="a.json was made with --fields title abstract"):
-        taken(fields=["title"])
-    with pytest.raises(InputError, match="a.json was made with --valid-ratio 0.1"):
-        taken(valid_ratio=0.2)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import convert_chatglm2
-from common import InputError
+from lib.cli import InputError
 
 SHARED = KIT.parent / "shared" / "chatglm2-tiny"
 SPECIAL = ["[MASK]", "[gMASK]", "[sMASK]", "sop", "eop"]

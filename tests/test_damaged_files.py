@@ -21,8 +21,8 @@ from conftest import KIT, SAMPLE, contents, edit_json
 from hypothesis import HealthCheck, given, settings
 
 import common
-from common import InputError
 from lib import hub, results
+from lib.cli import InputError
 
 # ---- damaged papers --------------------------------------------------------------------------------------------------
 
@@ -318,7 +318,7 @@ def test_a_lock_that_cannot_be_written_names_its_folder(tmp_path):
     ],
 )
 def test_stdout_that_takes_nothing(where, lines, code, said):
-    script = f"import common; common.run_script(lambda: print('line\\n' * {lines}))"
+    script = f"from lib import cli; cli.run_script(lambda: print('line\\n' * {lines}))"
     command = f'"{sys.executable}" -c "{script}" {where}; exit ${{PIPESTATUS[0]}}'
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     done = subprocess.run(["bash", "-c", command], cwd=KIT, env=environment, capture_output=True, text=True)

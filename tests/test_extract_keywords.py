@@ -4,6 +4,7 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import KIT
 
 import common
 import extract_keywords as keywords
@@ -33,7 +34,7 @@ def few_trees(monkeypatch):
 @pytest.fixture
 def small(few_trees, write_csv):
     """A train file of the sample's first papers, a second for each fold."""
-    train = common.read_papers(common.HERE / "data" / "sample" / "train.csv")[HEADER].head(24)
+    train = common.read_papers(KIT / "data" / "sample" / "train.csv")[HEADER].head(24)
     return write_csv("train.csv", [HEADER, *train.values.tolist()])
 
 
@@ -102,7 +103,7 @@ def test_rates_never_see_the_own_fold():
 
 def test_own_keywords_change_no_feature_of_a_paper():
     """The trap of leave-one-out counts: what a paper carries must not show in what the ranker reads of it."""
-    train = common.read_papers(common.HERE / "data" / "sample" / "train.csv").head(30)
+    train = common.read_papers(KIT / "data" / "sample" / "train.csv").head(30)
     other = train.copy()
     other.loc[3, "Keywords"] = "; ".join(other["title"][3].split()[:2] + ["zeta", "eta theta"])
     folds = np.arange(30) % 6
@@ -131,7 +132,7 @@ def test_every_partition_holds_out_each_labelled_paper_once_and_its_copies_with_
 
 def test_ratings_are_the_mean_over_partitions(few_trees):
     """A keyword that is a candidate in one partition alone counts as 0 in the other."""
-    train = common.read_papers(common.HERE / "data" / "sample" / "train.csv")
+    train = common.read_papers(KIT / "data" / "sample" / "train.csv")
     corpus = build(train)
     paper = np.arange(len(train))
     partitions = np.array([paper % 3, paper // 2 % 3])
@@ -175,7 +176,7 @@ def test_casing_is_learned_from_other_papers():
 
 
 def test_own_casing_changes_no_feature_of_a_papers_entries():
-    train = common.read_papers(common.HERE / "data" / "sample" / "train.csv").head(30)
+    train = common.read_papers(KIT / "data" / "sample" / "train.csv").head(30)
     other = train.copy()
     other.loc[3, "Keywords"] = train["Keywords"][3].swapcase()
     seen = []
@@ -192,7 +193,7 @@ def test_writes_keywords_that_the_submission_takes(kit, tmp_path, small):
     done = kit("extract_keywords.py", "--train", small)
     assert done.returncode == 0, done.stderr
     cells, submitted = rows(tmp_path), rows(tmp_path, "submit_task2.csv")
-    test = common.read_papers(common.HERE / "data" / "sample" / "test.csv").drop(columns="Keywords", errors="ignore")
+    test = common.read_papers(KIT / "data" / "sample" / "test.csv").drop(columns="Keywords", errors="ignore")
     assert cells == submitted and [row["uuid"] for row in cells] == test["uuid"].tolist()
     for row in cells:
         words = [word.lower() for word in row["Keywords"].split("; ")]
@@ -237,7 +238,7 @@ def test_a_submission_takes_the_board_list_unless_told_otherwise(tmp_path, paper
 
 
 def test_a_papers_keywords_do_not_depend_on_the_other_test_papers(kit, tmp_path, small, write_csv):
-    test = common.read_papers(common.HERE / "data" / "sample" / "test.csv")[HEADER[:3]].values.tolist()
+    test = common.read_papers(KIT / "data" / "sample" / "test.csv")[HEADER[:3]].values.tolist()
     results = []
     for chosen in (test[:12], test[5:12][::-1], test[7:8]):
         done = kit("extract_keywords.py", "--train", small, "--test", write_csv("test.csv", [HEADER[:3], *chosen]))
@@ -328,7 +329,7 @@ def test_refuses_flags_out_of_range(refused, flags):
 @pytest.mark.slow
 def test_out_of_fold_and_unseen_agree(kit, tmp_path):
     """On the sample: better than the titles' words by far, and as good on papers that no model saw."""
-    sample = common.read_papers(common.HERE / "data" / "sample" / "train.csv")
+    sample = common.read_papers(KIT / "data" / "sample" / "train.csv")
     sample[::4].drop(columns="Keywords").to_csv(tmp_path / "test.csv", index=False)
     sample[np.arange(len(sample)) % 4 > 0].to_csv(tmp_path / "train.csv", index=False)
     done = kit("extract_keywords.py", "--train", tmp_path / "train.csv", "--test", tmp_path / "test.csv")

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 
 import bert_finetune
 import lora_finetune
-from common import InputError
 from lib import gpu, llm, training
+from lib.cli import InputError
 from lib.items import build_items
 
 needs_bitsandbytes = pytest.mark.skipif(
@@ -155,7 +155,8 @@ def test_a_fold_frees_its_model(kit, monkeypatch, tiny_llm, tiny_bert, script):
     kit("make_llm_data.py", "--fields", "title", "--limit", 24)
     flags = ["--model", tiny_llm if place is llm else tiny_bert, "--max-length", 200 if place is llm else 60]
     gc.disable()
-    done = kit(script, *flags, "--folds", 2, "--epochs", 1, "--limit", 24)
+    limit = [] if place is llm else ["--limit", 24]
+    done = kit(script, *flags, *limit, "--folds", 2, "--epochs", 1)
     gc.enable()
     assert done.returncode == 0, done.stderr
     assert len(alive) >= 2 and not any(alive)

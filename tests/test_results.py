@@ -8,8 +8,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from common import InputError, fingerprint
+from common import fingerprint
 from lib import results
+from lib.cli import InputError
 
 TEST = pd.DataFrame({"uuid": ["010", "x y", "a,b"], "title": ['Say "x", y', "βeta", "z"], "abstract": ["", "", ""]})
 

@@ -313,8 +313,9 @@ def test_shellcheck():
 # ---- what a script prints --------------------------------------------------------------------------------------------
 
 PRINTS = """
-import os, common
-common.run_script(lambda: (common.log("a line"), print("± 中", os.open("run.sh", 0) > 2, flush=True)))
+import os
+from lib import cli
+cli.run_script(lambda: (cli.log("a line"), print("± 中", os.open("run.sh", 0) > 2, flush=True)))
 """
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from common import InputError
 from lib import hub, training
+from lib.cli import InputError
 
 # ---- batches, rate, weights, plans -----------------------------------------------------------------------------------
 
