@@ -20,8 +20,8 @@ import pandas as pd
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common import FIELDS, build_text, read_papers  # noqa: E402
-from lib.cli import run_script  # noqa: E402
 from lib import hub, results  # noqa: E402
+from lib.cli import run_script  # noqa: E402
 
 GOAL = 0.99  # accuracy on the test papers, the time to which is measured
 LOOKS = 4  # an epoch, at the test papers

@@ -24,7 +24,8 @@ from lib import cli
 MOMENTS = {"bert-folds": 4, "bert-seeds": 4, "lora-folds": 4, "lora-predict-new": 4}  # in one run; 6 of the others
 CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir")
 QUICK = ["--batch-size", "4", "--epochs", "2", "--save-minutes", "0"]
-BERT = ["bert_finetune.py", "--model", "BERT", "--limit", "24", *QUICK, "--lr", "0.003", "--no-short-copies", "--max-length"]
+BERT = ["bert_finetune.py", "--model", "BERT", "--limit", "24", *QUICK, "--lr", "0.003", "--no-short-copies"]
+BERT += ["--max-length"]
 DATA = ["make_llm_data.py", "--limit", "24", "--fields", "title"]
 LORA = ["lora_finetune.py", "--model", "LLM", *QUICK, "--lr", "0.01", "--rank"]
 SCORE = ["lora_predict.py", "--limit", "24"]
