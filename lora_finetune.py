@@ -21,43 +21,68 @@ import numpy as np
 import torch
 from peft import LoraConfig, PrefixTuningConfig, TaskType, get_peft_model
 
-from common import check_classes, fingerprint, read_papers
-from lib import llm, results, training
-from lib.cli import InputError, arg_parser, bounded, few, log, positive_int, run_script
-from lib.items import build_items, short_copies
+import common
+from lib import cli, files, items, llm, results, training
+from lib.cli import InputError, bounded, few, log, positive_int
 
 SHAPING = ("method", "rank", "alpha", "dropout", "target_modules", "virtual_tokens", "max_length", "load_in_4bit")
 SHAPING += ("short_copies", *training.SHAPING)
+
+
+# ---- instruction data ------------------------------------------------------------------------------------------------
 
 
 def read_items(path):
     """(training items, held-out items, record) from paper_label.json and the files beside it. Raises InputError if one
     is missing or is not what make_llm_data.py writes.
     """
-    files = [path, *(path.with_name(f"{path.stem}_{part}.json") for part in ("valid", "source"))]
-    if missing := [file for file in files if not file.is_file()]:
+    paths = [path, *(path.with_name(f"{path.stem}_{part}.json") for part in ("valid", "source"))]
+    missing = [each for each in paths if not each.is_file()]
+    if missing:
         raise InputError(f"{missing[0]}: no such file; run make_llm_data.py first")
-    for file in files[:2]:
-        items = results.read_json(file)
-        good = isinstance(items, list) and items and all(isinstance(item, dict) for item in items)
-        if not good or any({"instruction", "input", "output"} - item.keys() or not item["output"] for item in items):
-            raise InputError(f"{file}: want a list of instruction, input and output: run make_llm_data.py again")
-    train, held_out = map(results.read_json, files[:2])
+    train, held_out = parts = [files.read_json(each) for each in paths[:2]]
+    for each, part in zip(paths, parts):
+        good = isinstance(part, list) and part and all(isinstance(item, dict) for item in part)
+        if not good or any({"instruction", "input", "output"} - item.keys() or not item["output"] for item in part):
+            raise InputError(f"{each}: want a list of instruction, input and output: run make_llm_data.py again")
     instructions = {item["instruction"] for item in train + held_out}
     if len(instructions) > 1:
-        raise InputError(f"{path} has {len(instructions)} different instructions ({few(instructions, 2)}): use one, in "
-                         f"{files[1].name}, too")  # fmt: skip
-    return train, held_out, results.read_json(files[2], fields=list, seed=int, valid_ratio=float, train=str)
+        raise InputError(f"{path} has {len(instructions)} different instructions ({few(instructions, 2)}): use one, "
+                         f"in {paths[1].name}, too")  # fmt: skip
+    return train, held_out, files.read_json(paths[2], fields=list, seed=int, valid_ratio=float, train=str)
 
 
 def read_train(args, record, path):
     """The training papers that the instruction data was made from. Raises InputError if they have changed since."""
-    train = read_papers(args.train, labelled=True)
+    train = common.read_papers(args.train, labelled=True)
     train = train.head(record.get("limit") or len(train))
-    check_classes(train["label"], 1, args.train)
-    if fingerprint(train) != record["train"]:
+    if results.fingerprint(train) != record["train"]:
         raise InputError(f"{path} was made from other papers than {args.train}: run make_llm_data.py again")
     return train
+
+
+def encode_train(tokenizer, args, path, held_out, parts):
+    """The papers of train.csv in its order, encoded: object array [papers]. parts: training and held-out items. Raises
+    InputError if some were added or removed.
+    """
+    papers = np.empty(len(held_out), dtype=object)
+    for part, place in zip(parts, (~held_out, held_out)):
+        if len(part) != place.sum():
+            raise InputError(f"{path} or its _valid.json has {len(part)} items for {place.sum()} papers: run "
+                             "make_llm_data.py again; change texts there, but not their number")  # fmt: skip
+        papers[place] = llm.encode_items(tokenizer, part, args.max_length)
+    return papers
+
+
+def encode_copies(tokenizer, train, args, instruction):
+    """The short copies of papers to learn from, encoded: a list of papers for training.py."""
+    copies = []
+    for papers in items.short_copies(train, args.fields):
+        copies += llm.encode_items(tokenizer, items.build_items(papers, args.fields, instruction), args.max_length)
+    return copies
+
+
+# ---- adapter ---------------------------------------------------------------------------------------------------------
 
 
 def add_adapter(model, args, seed):
@@ -112,57 +137,36 @@ class Task(llm.Task):
     def save(self, scorer, folder):
         llm.check_matrices(scorer)
         scorer.model.save_pretrained(folder, save_embedding_layers=False)  # True would ask the hub each time
-        results.write_json(folder / "kit.json", self.kit)
+        files.write_json(folder / "kit.json", self.kit)
 
 
-def parse_args():
-    parser = arg_parser(__doc__, "train", "seed")
-    add = parser.add_argument_group("model and adapter").add_argument
-    add("--model", default="auto", metavar="M", help=f"hub name, directory, 'embedded' (SmolLM2-135M), or 'auto': "
-        f"with CUDA {llm.AUTO}, or a smaller Qwen3 that fits; embedded without")  # fmt: skip
-    add("--data", type=Path, metavar="FILE", help="default: paper_label.json under --out-dir")
-    add("--name", default="lora", help="folder under --out-dir, default %(default)s")
-    add("--method", choices=("lora", "p-tuning-v2"), default="lora", help="default %(default)s")
-    add("--rank", type=positive_int, default=8, metavar="R", help="of LoRA, default %(default)s")
-    add("--alpha", type=positive_int, metavar="A", help="of LoRA, default twice the rank")
-    add("--dropout", type=bounded(float, 0, 0.9), default=0.0, metavar="R", help="before LoRA's A, default %(default)s")
-    add("--target-modules", nargs="+", metavar="NAME", help="layers that get LoRA, default every linear one")
-    add("--virtual-tokens", type=positive_int, default=32, metavar="N", help="of P-tuning v2, default %(default)s")
-    add("--max-length", type=positive_int, metavar="N", help="tokens a paper, default 512; of the embedded model 160")
-    add("--short-copies", action=argparse.BooleanOptionalAction, default=True,
-        help="also train on each paper without its abstract, and on its authors alone")  # fmt: skip
-    add("--gradient-checkpointing", action=argparse.BooleanOptionalAction,
-        help="a third slower, a fraction of the memory; default: where the GPU's memory asks for it")  # fmt: skip
-    add("--load-in-4bit", action="store_true", help="keep the model's weights in 4 bits: a third of the memory; needs "
-        "requirements-4bit.txt")  # fmt: skip
-    training.add_training_flags(parser, epochs=2, batch_size=4, patience=2, at_once=2)
-    return parser.parse_args()
+# ---- main ------------------------------------------------------------------------------------------------------------
 
 
-@training.resumable()
 def train_adapters(accelerator, args, folder):
     """Train on paper_label.json, and leave adapters and records in folder."""
     path = args.data or args.out_dir / "paper_label.json"
-    items, valid_items, record = read_items(path)
+    train_items, valid_items, record = read_items(path)
     args.fields = record["fields"]
     train = read_train(args, record, path)
     split = {"seed": record["seed"], "valid_ratio": record["valid_ratio"], "folds": args.folds, "seeds": args.seeds}
     plans = training.make_plans(train, split, args.seed)
 
-    args.model = llm.find_model(args.model, accelerator, args.load_in_4bit)
+    args.model = find_model(accelerator, args, folder / plans[0].name)
     model, tokenizer = llm.load_llm(args.model, accelerator, args.load_in_4bit)
     args.lr = args.lr or default_lr(args.method, model)
     virtual = args.virtual_tokens if args.method == "p-tuning-v2" else 0
     args.max_length = llm.fit_length(model, args.max_length or llm.default_length(args.model), virtual)
-    (single,) = training.make_plans(train, split | {"folds": None, "seeds": None}, args.seed)
-    papers = np.empty(len(train), dtype=object)  # in the order of train
-    papers[~single.held_out] = llm.encode_items(tokenizer, items, args.max_length)
-    papers[single.held_out] = llm.encode_items(tokenizer, valid_items, args.max_length)
+    held_out = common.split_papers(train, record["valid_ratio"], record["seed"])
+    papers = encode_train(tokenizer, args, path, held_out, (train_items, valid_items))
     kit = {
-        **describe_prompt(tokenizer, items, args),
+        "model": args.model,
+        "fields": args.fields,
+        "instruction": train_items[0]["instruction"],
+        **llm.describe_prompt(tokenizer),
         "settings": {name: getattr(args, name) for name in SHAPING} | {"precision": accelerator.mixed_precision},
         "split": split | {"limit": record.get("limit"), "train": record["train"]},
-        "items": hashlib.sha256(json.dumps([items, valid_items]).encode()).hexdigest()[:16],
+        "items": hashlib.sha256(json.dumps([train_items, valid_items]).encode()).hexdigest()[:16],
     }
     model = add_adapter(model, args, plans[0].seed)  # what can't be trained is refused before anything is cleared
     if accelerator.is_main_process:
@@ -186,29 +190,16 @@ def train_adapters(accelerator, args, folder):
         write_summary(accelerator, folder, plans, runs)
 
 
-def describe_prompt(tokenizer, items, args):
-    """What kit.json says of the question that the adapter learns to answer: lora_predict.py asks the same."""
-    return {
-        "model": args.model,
-        "prompt": llm.prompt_form(tokenizer),
-        "instruction": items[0]["instruction"],
-        "fields": args.fields,
-        "answers": llm.encode_answers(tokenizer),
-    }
-
-
-def encode_copies(tokenizer, train, args, instruction):
-    """The short copies of papers to learn from, encoded: a list of papers for training.py."""
-    copies = []
-    for papers in short_copies(train, args.fields):
-        copies += llm.encode_items(tokenizer, build_items(papers, args.fields, instruction), args.max_length)
-    return copies
+def find_model(accelerator, args, folder):
+    """--model, 'auto' resolved; with --resume 'auto' is what it was, however much memory is free today."""
+    state = training.read_state(folder / training.LAST) if args.resume and args.model == "auto" else None
+    return state["settings"]["model"] if state else llm.find_model(args.model, accelerator, args.load_in_4bit)
 
 
 def train_one(accelerator, args, plan, folder, kit, model, tokenizer, learned, held_out):
     """Train the adapter of a peft model and leave it in the plan's folder. Returns what training.fit returns."""
     scorer = llm.Scorer(model, tokenizer)
-    task = Task(held_out, kit | {"seed": plan.seed})
+    task = Task(held_out, kit | {"seed": plan.seed, "plan": plan.name})
     own_args = argparse.Namespace(**vars(args) | {"seed": plan.seed})
     record = {**kit["settings"], **{key: kit[key] for key in ("model", "fields", "items", "split")}, "seed": plan.seed}
     run = folder / plan.name
@@ -228,18 +219,42 @@ def write_summary(accelerator, folder, plans, runs):
         "trained_on": where["device"],
         "folders": [plan.name for plan in plans],
     }
-    results.write_json(folder / "training.json", summary)
+    files.write_json(folder / "training.json", summary)
     log(f"wrote {', '.join(str(folder / plan.name / 'best') for plan in plans)}; next: lora_predict.py")
+
+
+def parse_args():
+    parser = cli.arg_parser(__doc__, "train", "seed")
+    add = parser.add_argument_group("model and adapter").add_argument
+    add("--model", default="auto", metavar="M", help=f"hub name, directory, 'embedded' (SmolLM2-135M), or 'auto': "
+        f"with CUDA {llm.AUTO}, or a smaller Qwen3 that fits; embedded without")  # fmt: skip
+    add("--data", type=Path, metavar="FILE", help="default: paper_label.json under --out-dir")
+    add("--name", default="lora", help="folder under --out-dir, default %(default)s")
+    add("--method", choices=("lora", "p-tuning-v2"), default="lora", help="default %(default)s")
+    add("--rank", type=positive_int, default=8, metavar="R", help="of LoRA, default %(default)s")
+    add("--alpha", type=positive_int, metavar="A", help="of LoRA, default twice the rank")
+    add("--dropout", type=bounded(float, 0, 0.9), default=0.0, metavar="R", help="before LoRA's A, default %(default)s")
+    add("--target-modules", nargs="+", metavar="NAME", help="layers that get LoRA, default every linear one")
+    add("--virtual-tokens", type=positive_int, default=32, metavar="N", help="of P-tuning v2, default %(default)s")
+    add("--max-length", type=positive_int, metavar="N", help="tokens a paper, default 512; of the embedded model 160")
+    add("--short-copies", action=argparse.BooleanOptionalAction, default=True,
+        help="also train on each paper without its abstract, and on its authors alone")  # fmt: skip
+    add("--gradient-checkpointing", action=argparse.BooleanOptionalAction,
+        help="a third slower, a fraction of the memory; default: where the GPU's memory asks for it")  # fmt: skip
+    add("--load-in-4bit", action="store_true", help="keep the model's weights in 4 bits: a third of the memory; needs "
+        "requirements-4bit.txt")  # fmt: skip
+    training.add_training_flags(parser, epochs=2, batch_size=4, patience=2, cpu_piece=2)
+    return parser.parse_args()
 
 
 def main():
     args = parse_args()
     accelerator = training.make_accelerator(args.precision)
     folder = args.out_dir / args.name
-    with results.locked(folder, accelerator.is_main_process), training.model_advice():
+    with files.locked(folder), training.explain(args, "the same command with --resume goes on"):
         train_adapters(accelerator, args, folder)
     accelerator.end_training()
 
 
 if __name__ == "__main__":
-    run_script(main)
+    cli.run_script(main)

@@ -11,10 +11,11 @@ lora_finetune.py the papers, fields and split. The instruction may be edited in 
 
 import json
 
-from common import fingerprint, load_papers, split_papers
+from common import load_papers, split_papers
 from lib.cli import arg_parser, log, run_script
+from lib.files import atomic_write, write_json
 from lib.items import build_items
-from lib.results import atomic_write, write_json
+from lib.results import fingerprint
 
 BLOCK = 10_000  # papers at a time, for the memory
 

@@ -22,13 +22,14 @@ class InputError(Exception):
     """Wrong input or flags: shown as one line on stderr, exit code 2."""
 
 
-class Process:
-    first = True  # of the processes that train together; training.make_accelerator sets it
+def is_first():
+    """Whether this is the first of the processes that accelerate launch has started, or the only one."""
+    return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK") == "0"
 
 
 def log(message):
     """Print a line to stderr, from the first process only."""
-    if Process.first:
+    if is_first():
         print(message, file=sys.stderr, flush=True)
 
 
@@ -65,7 +66,7 @@ def run_script(main):
     except KeyboardInterrupt as error:  # its text may say how to go on
         message, code = f"interrupted{'; ' if str(error) else ''}{error}", 130
     sys.stdout = open(os.devnull, "w")  # else Python fails once more when it flushes stdout at exit
-    if not Process.first:
+    if not is_first():
         time.sleep(3)  # let the first say it: the launcher ends all as soon as one has ended
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
     sys.exit(code)

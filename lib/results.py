@@ -1,30 +1,24 @@
-"""What a model leaves under outputs/NAME/: scores, predictions, submission. Every file is written whole or not at all.
+"""What a model leaves under outputs/NAME/: scores, predictions, a submission.
 
-    with locked(folder):                                              # no second run in this folder
-        save_results(folder, metrics, test, test_probs, held_out, valid_probs)
-        write_submission("submit_task1.csv", test, test_probs >= 0.5, out_dir)
+    with files.locked(folder):
+        results.finish(folder, args, metrics, train, test, test_probs, held_out, valid_probs, table)
 """
 
-import errno
-import json
-import os
-import re
-import shutil
+import hashlib
 import sys
-import tempfile
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from filelock import FileLock, Timeout
 
-from common import clean, fingerprint, label_column, read_columns, read_label
-from lib.cli import InputError, few, log
+from common import label_column, read_label
+from lib.cli import FIELDS, InputError, few, log
+from lib.files import RERUN, atomic_write, read_json, write_csv, write_json
+from lib.tables import read_columns
 
 METRICS = ("accuracy", "precision", "recall", "f1", "auc", "log_loss")
-RERUN = "run the script that writes it again"
 
 
 def scores(labels, probs):
@@ -44,132 +38,11 @@ def scores(labels, probs):
 
 def score_table(rows):
     """A table as text. `rows`: a list of (model, scores, note)."""
-    frame = pd.DataFrame([{"model": name, **values, "papers, fields": note} for name, values, note in rows])
-    frame = frame.astype(dict.fromkeys(METRICS, float))
-    for name in ("model", "papers, fields"):  # to_string would push text to the right
-        padded = pd.Series([name, *frame[name]])
-        padded = padded.str.ljust(padded.str.len().max()).tolist()
-        frame[name] = padded[1:]
-        frame = frame.rename(columns={name: padded[0]})
-    table = frame.to_string(index=False, float_format="{:.4f}".format, na_rep="–")
-    return "\n".join(line.rstrip() for line in table.splitlines())
-
-
-# ---- writing ---------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def blame(path, part):
-    """Let an error about the disk name `path`. Python names `part`, or nothing where the disk is full; safetensors and
-    tokenizers, written in Rust, say '… (os error 28)'.
-    """
-    try:
-        yield
-    except Exception as error:
-        number = re.search(r"\(os error (\d+)\)", str(error))
-        if isinstance(error, OSError):
-            if error.filename is None or str(error.filename).startswith(str(part)):
-                error.filename = str(path)
-        elif number:
-            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
-        raise
-
-
-@contextmanager
-def atomic_write(path):
-    """Yield a temporary path to write a file or a folder to. If the block succeeds, it replaces `path`; if not, it is
-    removed and `path` stays as it was. Of a link the target is replaced; a device or a pipe is written to.
-    """
-    path = Path(path)
-    special = path.exists() and not path.is_file() and not path.is_dir() or Path("/dev") in path.parents
-    target = Path(tempfile.gettempdir()) / path.name if special else Path(os.path.realpath(path))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part, old = (target.with_name(f".{target.name}.{os.getpid()}.{kind}") for kind in ("part", "old"))
-    try:
-        with blame(path, part):
-            yield part
-            if special:
-                path.write_bytes(part.read_bytes())
-            elif part.is_dir() and target.is_dir():
-                target.rename(old)
-                part.rename(target)
-                shutil.rmtree(old)
-            else:
-                if part.is_file():
-                    with open(part, "r+b") as file:  # Windows syncs only what is open for writing
-                        os.fsync(file.fileno())
-                part.replace(target)
-    finally:
-        shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
-
-
-def write_csv(path, columns):
-    """Write a dict of columns as CSV (UTF-8, LF)."""
-    with atomic_write(path) as part:
-        pd.DataFrame(columns).to_csv(part, index=False, encoding="utf-8", lineterminator="\n")
-
-
-def write_json(path, value):
-    with atomic_write(path) as part:
-        part.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-
-
-def read_json(path, remedy=RERUN, **types):
-    """The content of a JSON file, {} if there is no file. Raises InputError if it is damaged or, with `types`, unless
-    it is an object with these names and types: read_json(path, model=str, fields=list).
-    """
-    path = Path(path)
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is damaged ({error}): {remedy}") from None
-    content = value if isinstance(value, dict) else {}
-    if wrong := [name for name, kind in types.items() if not isinstance(content.get(name), kind)]:
-        raise InputError(f"{path} is damaged (no {few(wrong)} of the right kind): {remedy}")
-    return value
-
-
-@contextmanager
-def locked(folder, wanted=True):
-    """Keep a second run out of a folder, and tidy up what a killed run left there. The system drops the lock with the
-    process, however that ends. Without `wanted` (all processes of a run but the first) nothing happens.
-    """
-    if not wanted:
-        yield
-        return
-    new = [place for place in (folder, *folder.parents) if not place.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock", timeout=0, fallback_to_soft=False)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise InputError(f"{folder} is in use by another run: wait for it, or give another --out-dir") from None
-    except OSError as error:  # some network file systems
-        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL):
-            raise
-        log(f"warning: no file locks in {folder} ({error.strerror}): don't start a second run there")
-    try:
-        tidy(folder)
-        yield
-    finally:
-        if os.listdir(folder) == [".lock"]:  # refused before anything was written
-            (folder / ".lock").unlink()
-            with suppress(OSError):  # others have written there meanwhile
-                for place in new:
-                    place.rmdir()
-        lock.release()
-
-
-def tidy(folder):
-    """Put back or remove what an atomic_write that was killed left in a folder."""
-    for old in [*folder.rglob(".*.old")]:  # killed between the two renames
-        home = old.with_name(old.name[1:].rsplit(".", 2)[0])
-        if not home.exists():
-            old.rename(home)
-    for left in [*folder.rglob(".*.part"), *folder.rglob(".*.old")]:
-        shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+    names, values, notes = zip(*rows)
+    frame = pd.DataFrame(values, index=names, columns=METRICS, dtype=float)
+    lines = frame.to_string(float_format="{:.4f}".format, na_rep="–").splitlines()
+    lines = ["model" + lines[0][5:], *lines[1:]]
+    return "\n".join([f"{line}  {note}" for line, note in zip(lines, ["papers, fields", *notes])])
 
 
 # ---- a model's folder ------------------------------------------------------------------------------------------------
@@ -179,6 +52,14 @@ def describe_changes(old, new):
     """What differs between two dicts of settings: {"lr": 1}, {"lr": 2} -> 'lr was 1 and is 2'."""
     names = [name for name in sorted({**old, **new}) if old.get(name) != new.get(name)]
     return ", ".join(f"{name} was {old.get(name)} and is {new.get(name)}" for name in names)
+
+
+def fingerprint(papers):
+    """16 hex digits that identify a set of papers (uuid, text, label), whatever their order."""
+    columns = [name for name in ("uuid", *FIELDS, "label") if name in papers]
+    rows = zip(*(papers[name].astype(str) for name in columns))
+    hashes = sorted(hashlib.sha256("\x1f".join(row).encode()).digest() for row in rows)
+    return hashlib.sha256(" ".join(columns).encode() + b"".join(hashes)).hexdigest()[:16]
 
 
 def record_of_test(test):
@@ -194,12 +75,11 @@ def paper_record(train, test, held_out):
 
 def peak_memory_mb():
     """The most main memory this process has held, in MiB; None on Windows, which does not say."""
-    try:
+    with suppress(ImportError):
         import resource
-    except ImportError:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)
 
 
 def environment(device="cpu", peak_memory=None):
@@ -236,12 +116,31 @@ def save_results(folder, metrics, test, test_probs, held_out=None, valid_probs=N
         (folder / "test.csv").unlink(missing_ok=True)
 
 
+def finish(folder, args, metrics, train, test, test_probs, held_out, valid_probs, table):
+    """The end of every model: write its folder and submit_task1.csv there, warn, print its scores.
+
+    metrics: what metrics.json says besides the papers. train: None where only test papers were scored; then `metrics`
+    holds the record of an earlier run. held_out: frame of the papers with valid_probs, or None. table: rows of
+    score_table.
+    """
+    if train is None:
+        metrics["papers"] |= record_of_test(test)
+    else:
+        metrics["papers"] = paper_record(train, test, len(held_out))
+    guess = np.asarray(test_probs) >= 0.5
+    save_results(folder, metrics, test, test_probs, held_out, valid_probs)
+    if table:
+        print(score_table(table))
+    warn_one_class(guess, [0, 1] if train is None else train["label"])
+    write_submission(folder / "submit_task1.csv", test, guess, args.out_dir, args.keywords)
+
+
 def read_predictions(path):
-    """A model's predictions: a frame of uuid (str), label (int, where the file has it) and prob (float). Columns may
-    come in any order, and others are ignored. Raises InputError that names the rows.
+    """A model's predictions: a frame of uuid (str, as written), label (int, where the file has it) and prob (float).
+    Columns may come in any order, and others are ignored. Raises InputError that names the rows.
     """
     cells, numbers = read_columns(path, ["uuid", "prob"])
-    columns = {"uuid": [clean(cell) for cell in cells["uuid"]]}
+    columns = {"uuid": cells["uuid"]}
     if "label" in cells:
         columns["label"] = label_column(path, cells["label"], numbers)
     columns["prob"] = pd.to_numeric(pd.Series(cells["prob"], dtype=str), errors="coerce").astype(float)
@@ -260,8 +159,8 @@ def read_labels(test_path, test):
     if not path.is_file():
         return None
     cells, _ = read_columns(path, ["uuid", "label"])
-    labels = {clean(uuid): read_label(label) for uuid, label in zip(cells["uuid"], cells["label"])}
-    found = [labels.get(clean(uuid)) for uuid in test["uuid"]]
+    labels = dict(zip(cells["uuid"], map(read_label, cells["label"])))
+    found = [labels.get(uuid) for uuid in test["uuid"]]
     if None in found:
         log(f"{path} does not label all test papers: no test scores")
         return None
@@ -285,12 +184,12 @@ def board_estimate(f1, recall):
 
 def add_keywords_flag(parser):
     parser.add_argument("--keywords", choices=tuple(KEYWORD_LISTS), default="board", help="which list of "
-        "extract_keywords.py goes into the submission: the one that scores, or the one that reads well; default board")  # fmt: skip  # noqa: E501
+        "extract_keywords.py to submit: board, made for recall, or reader, few and likely; default board")  # fmt: skip
 
 
 def read_keywords(folder, test, wanted="board"):
-    """The cells of a list (a key of KEYWORD_LISTS) in the order of `test`, from extract_keywords.py's
-    folder; None if it is not there or about other papers.
+    """The cells of a list (a key of KEYWORD_LISTS) in the order of `test`, from extract_keywords.py's folder; None if
+    it is not there or about other papers.
     """
     path = Path(folder) / KEYWORD_LISTS[wanted]
     if not path.is_file():
@@ -299,28 +198,28 @@ def read_keywords(folder, test, wanted="board"):
     if record["papers"].get("test_fingerprint") != fingerprint(test):
         log(f"warning: {path} is about other test papers and not used: run extract_keywords.py again")
         return None
-    try:
-        lists = pd.read_csv(path, dtype=str, keep_default_na=False)
-        by_uuid = dict(zip(lists["uuid"], lists["Keywords"]))
-        return [by_uuid[uuid] for uuid in test["uuid"]]
-    except (ValueError, KeyError):
-        raise InputError(f"{path} is damaged: run extract_keywords.py again") from None
+    cells, _ = read_columns(path, ["uuid", "Keywords"])
+    by_uuid = dict(zip(cells["uuid"], cells["Keywords"]))
+    if not by_uuid.keys() >= set(test["uuid"]):
+        raise InputError(f"{path} is damaged: run extract_keywords.py again")
+    return [by_uuid[uuid] for uuid in test["uuid"]]
 
 
 def choose_keywords(test, out_dir, wanted="board"):
-    """The Keywords of a submission. Returns (cells, where they are from and why)."""
+    """The Keywords of a submission: the test file's own, else the wanted list that extract_keywords.py made for these
+    very papers, else the titles. Returns (cells, where they are from).
+    """
     if "Keywords" in test:
         return test["Keywords"], "the test file, which has them"
     found = read_keywords(Path(out_dir) / "keywords", test, wanted)
     if found is None:
         return test["title"], "the titles, since extract_keywords.py has not run on these papers"
-    why = {"board": "the list that scores (see --keywords)", "reader": "the list that reads well, as --keywords asks"}
-    return found, f"keywords/{KEYWORD_LISTS[wanted]}, {why[wanted]}"
+    return found, f"keywords/{KEYWORD_LISTS[wanted]} (--keywords {wanted})"
 
 
 def write_submission(path, test, labels, out_dir, wanted="board"):
-    """Write uuid, Keywords, label in the order of the test file. Keywords: the test file's own, else the wanted list
-    that extract_keywords.py made for these very papers, else the titles; an empty cell takes the title. `labels`: 0/1.
+    """Write uuid, Keywords, label in the order of the test file; an empty cell of Keywords takes the title. `labels`:
+    0 or 1 of each paper.
     """
     labels = np.asarray(labels).astype(int)
     if labels.shape != (len(test),) or not np.isin(labels, (0, 1)).all():

@@ -1,5 +1,5 @@
-"""The one training loop of both fine-tunes: batches of papers of like length, warm-up and decay, the best and the last
-checkpoint, early stop, resume, prediction in batches, and advice when memory runs out.
+"""The one training loop of both fine-tunes: batches, warm-up and decay, the best and the last checkpoint, early stop,
+resume, prediction in batches.
 
 A script gives the loop a task, any object with three functions:
 
@@ -34,9 +34,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from common import fold_numbers, split_papers
-from lib import gpu, hub, results
-from lib.cli import InputError, Process, bounded, log, positive_int
+import common
+from lib import files, gpu, hub, results
+from lib.cli import InputError, bounded, log, positive_int
 
 warnings.filterwarnings("ignore", category=FutureWarning)
 transformers.logging.set_verbosity_error()  # the kit says in a line what matters of it
@@ -44,19 +44,19 @@ transformers.logging.disable_progress_bar()
 
 LAST = "last.safetensors"
 SHAPING = ("epochs", "batch_size", "lr", "warmup", "weight_decay", "patience", "class_weight")  # shape a model
-ON_CPU = 4  # papers that a CPU scores at a time: what its caches hold
-ON_GPU = 64  # the same of a GPU, halved until they fit
-ENOUGH = 100  # held-out papers, without which nothing is called learned
+CPU_BATCH = 4  # papers scored at a time on a CPU: what its caches hold
+GPU_BATCH = 64  # the same on a GPU, halved until they fit
+MIN_HELD_OUT = 100  # with fewer held-out papers training has no early end
 
 
-def add_training_flags(parser, epochs, batch_size, patience, at_once):
-    """Add the loop's flags. `at_once`: papers that a CPU trains on at a time, which is what its caches hold."""
-    parser.set_defaults(at_once=at_once)
+def add_training_flags(parser, epochs, batch_size, patience, cpu_piece):
+    """Add the loop's flags. `cpu_piece`: papers that a CPU trains on at a time, which is what its caches hold."""
+    parser.set_defaults(cpu_piece=cpu_piece)
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=positive_int, default=epochs, metavar="N", help="default %(default)s")
     add("--batch-size", type=positive_int, default=batch_size, metavar="N", help="papers a step, default %(default)s")
     add("--accumulate", type=positive_int, metavar="N", help="pieces a batch is split into, to save memory: same "
-        f"result; default: pieces of {at_once}, which a CPU computes fastest, of {4 * at_once} with CUDA")  # fmt: skip
+        f"result; default: pieces of {cpu_piece} papers, fastest on a CPU, of {4 * cpu_piece} with CUDA")  # fmt: skip
     add("--lr", type=bounded(float, 1e-9, 10), metavar="X", help="highest learning rate, default by model")
     add("--warmup", type=bounded(float, 0, 1), default=0.1, metavar="R", help="share of the steps, default %(default)s")
     add("--weight-decay", type=bounded(float, 0, 10), default=0.01, metavar="X", help="default %(default)s")
@@ -80,20 +80,14 @@ def make_accelerator(precision="auto"):
     cards = gpu.find_cards()
     if cards:
         gpu.set_up()
-    precision = gpu.choose_precision(precision, cards)
-    several = os.environ.get("WORLD_SIZE", "1") != "1"
-    if several and "TORCHELASTIC_RUN_ID" not in os.environ:  # not started by accelerate launch or torchrun
-        log(f"WORLD_SIZE={os.environ['WORLD_SIZE']} in the environment is ignored: for several processes use "
-            "accelerate launch")  # fmt: skip
+    launched = "TORCHELASTIC_RUN_ID" in os.environ  # by accelerate launch or torchrun
+    if not launched:  # what a cluster left: accelerate would wait for other processes
         for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             os.environ.pop(name, None)
-        several = False
-    precision = "no" if precision == "fp32" else precision
+    precision = gpu.choose_precision(precision, cards).replace("fp32", "no")
     wait = InitProcessGroupKwargs(timeout=timedelta(hours=12))  # for a process that has more to do
     # Without cpu=True accelerate takes each of several processes on a CPU for the only one.
-    accelerator = Accelerator(mixed_precision=precision, cpu=several and not cards, kwargs_handlers=[wait])
-    Process.first = accelerator.is_main_process
-    return accelerator
+    return Accelerator(mixed_precision=precision, cpu=launched and not cards, kwargs_handlers=[wait])
 
 
 def describe(accelerator):
@@ -110,16 +104,37 @@ def environment(accelerator):
     return results.environment(describe(accelerator), peak)
 
 
-def in_float32(layer, inputs, output):
-    """Forward hook of a linear layer: its output in float32, where bf16 or fp16 would round it (bf16 to steps of 0.125
-    between 16 and 32). Computed for a slice of the rows at a time: a float32 copy of a vocabulary takes gigabytes.
-    """
-    if output.dtype == torch.float32:
-        return output
-    with torch.autocast(output.device.type, enabled=False):
-        values = [torch.nn.functional.linear(inputs[0].float(), rows.float()) for rows in layer.weight.split(16384)]
-        values = torch.cat(values, dim=-1)
-        return values if layer.bias is None else values + layer.bias.float()
+@contextmanager
+def explain(args, go_on):
+    """Turn into one line what the user can fix: Ctrl-C, memory that runs out, a process that died. `go_on`: how."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(go_on) from None
+    except (RuntimeError, MemoryError) as error:
+        if hub.is_out_of_memory(error):
+            raise InputError(f"out of memory: try {memory_advice(args)}") from None
+        if "by peer" in str(error):  # connection closed or reset by peer
+            raise InputError(f"another process of this run died; {go_on}") from None
+        if "Expected to have finished reduction" in str(error):
+            raise InputError("--model has weights that its output doesn't depend on, so several GPUs can't train it: "
+                             "use one, CUDA_VISIBLE_DEVICES=0, or another --model") from None  # fmt: skip
+        raise
+
+
+def memory_advice(args):
+    """The flags that save memory, those with the same result first."""
+    advice = ["a smaller --model", "or end what else holds memory (nvidia-smi)"]
+    if args.max_length:
+        advice = [f"--max-length {args.max_length // 2}", *advice]
+    if getattr(args, "gradient_checkpointing", None) is False:
+        advice = ["--gradient-checkpointing (same result, a third slower)", *advice]
+    if getattr(args, "accumulate", None) and args.accumulate < args.batch_size:
+        advice = [f"--accumulate {2 * args.accumulate} (same result)", *advice]
+    return ", ".join(advice)
+
+
+# ---- batches and rate ------------------------------------------------------------------------------------------------
 
 
 def draw_batches(lengths, size, seed):
@@ -139,6 +154,12 @@ def length_batches(lengths, size):
     return [order[i : i + size] for i in range(0, len(order), size)]
 
 
+def count_pieces(args, device):
+    """How many pieces a batch is split into: --accumulate, by default as many as the device computes fastest."""
+    size = 4 * args.cpu_piece if device.type == "cuda" else args.cpu_piece
+    return args.accumulate or -(-args.batch_size // size)
+
+
 def rate(step, steps, warmup, shape):
     """The learning rate of a step (from 0) as a share of the highest: linear warm-up over `warmup` of the steps, then
     to 0 along a line ("linear") or half a cosine ("cosine").
@@ -150,71 +171,73 @@ def rate(step, steps, warmup, shape):
     return 1 - done if shape == "linear" else 0.5 * (1 + math.cos(math.pi * done))
 
 
-# ---- advice ----------------------------------------------------------------------------------------------------------
+def loss_weights(labels, class_weight):
+    """What each paper's loss counts: 1, or with "balanced" so that both classes count the same.
+
+    >>> loss_weights([0, 0, 1], "balanced").tolist()
+    [0.75, 0.75, 1.5]
+    """
+    if class_weight is None:
+        return np.ones(len(labels))
+    counts = np.bincount(labels, minlength=2)
+    return (len(labels) / 2 / np.maximum(counts, 1))[labels]
 
 
-@contextmanager
-def memory_advice(advice):
-    """Turn running out of memory into one line: "out of memory", then `advice`."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not hub.is_out_of_memory(error):
-            raise
-        raise InputError(f"out of memory {advice}") from None
+# ---- several models: folds, seeds ------------------------------------------------------------------------------------
 
 
-def count_pieces(args, device):
-    """How many pieces a batch is split into: --accumulate, by default as many as the device computes fastest."""
-    at_once = 4 * args.at_once if device.type == "cuda" else args.at_once
-    return args.accumulate or -(-args.batch_size // at_once)
+@dataclass
+class Plan:
+    """One model to train."""
+
+    name: str  # of its folder below the script's: "." for a single model, else fold1, seed42, ...
+    seed: int  # of its weights and batches
+    held_out: np.ndarray  # bool [papers]
 
 
-def model_advice():
-    """memory_advice for all that is neither a step nor a prediction: the model itself is too large."""
-    return memory_advice("for the model itself: end what else holds memory (nvidia-smi), or give a smaller --model")
+def make_plans(train, split, seed):
+    """The models to train: one on the common split, or with folds one per fold, or with seeds one per seed. `split`: a
+    dict of seed and valid_ratio (of the split), folds and seeds (how many, or None). `seed`: of the first model.
+    """
+    if split["folds"]:
+        numbers = common.fold_numbers(train, split["folds"], split["seed"])
+        return [Plan(f"fold{k + 1}", seed, numbers == k) for k in range(split["folds"])]
+    held_out = common.split_papers(train, split["valid_ratio"], split["seed"])
+    if split["seeds"]:
+        return [Plan(f"seed{seed + k}", seed + k, held_out) for k in range(split["seeds"])]
+    return [Plan(".", seed, held_out)]
 
 
-def step_advice(args, processes=1):
-    """memory_advice for a training step: the flag and the next value to try."""
-    at_once = args.batch_size // (args.accumulate * processes)
-    if getattr(args, "gradient_checkpointing", None) is False:
-        advice = "--gradient-checkpointing (same result, a third slower)"
-    elif at_once > 1:
-        advice = f"--accumulate {args.accumulate * 2} (same result) or --batch-size {args.batch_size // 2}"
-    else:
-        advice = f"--max-length {args.max_length // 2}, or a smaller --model"
-    return memory_advice(f"with {max(1, at_once)} papers at a time: try {advice}")
+def average(plans, valid_probs):
+    """The held-out predictions of all models: (bool [papers], held out by any; float array [held out], the mean P)."""
+    total, times = (np.zeros(len(plans[0].held_out)) for _ in range(2))
+    for plan, probs in zip(plans, valid_probs):
+        total[plan.held_out] += probs
+        times[plan.held_out] += 1
+    return times > 0, total[times > 0] / times[times > 0]
 
 
-@contextmanager
-def resumable(how="the same command with --resume goes on"):
-    """Say how to go on after Ctrl-C and after the death of another process; and what several processes can't train."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(how) from None
-    except RuntimeError as error:
-        if "by peer" in str(error):  # connection closed or reset by peer
-            raise InputError(f"another process of this run died; {how}") from None
-        if "Expected to have finished reduction" in str(error):
-            raise InputError("--model has weights that its output doesn't depend on, so several GPUs can't train it: "
-                             "use one, CUDA_VISIBLE_DEVICES=0, or another --model") from None  # fmt: skip
-        raise
+def spread_rows(name, seeds):
+    """Rows of a score table: mean and standard deviation over models that differ in their seed."""
+    frame = pd.DataFrame(seeds)
+    note = f"over {len(seeds)} seeds"
+    return [(f"{name}, mean", frame.mean().to_dict(), note), (f"{name}, deviation", frame.std().to_dict(), note)]
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
 
 
 def save_state(path, model, optimizer, state):
-    """Write trained weights and optimizer moments, with `state` (JSON) in the header: one file, so one rename."""
+    """Write trained weights and, unless the run is finished, the optimizer's moments, with `state` (JSON) in the
+    header: one file, so one rename.
+    """
     tensors = {}
     for name, weight in model.named_parameters():
         if weight.requires_grad:
-            tensors[f"weight/{name}"] = weight.detach().contiguous().cpu()
-            for key, value in optimizer.state.get(weight, {}).items():
+            moments = {} if state["finished"] else optimizer.state.get(weight, {})
+            for key, value in {"weight": weight, **moments}.items():
                 tensors[f"{key}/{name}"] = value.detach().contiguous().cpu()
-    with results.atomic_write(path) as part:
+    with files.atomic_write(path) as part:
         save_file(tensors, part, metadata={"state": json.dumps(state)})
 
 
@@ -241,11 +264,27 @@ def load_state(path, model, optimizer):
                         optimizer.state[weight][key] = file.get_tensor(f"{key}/{name}").to(weight.device)
 
 
+def start_state(model, optimizer, folder, args, settings):
+    """The state to start from: with --resume the checkpoint's, put into model and optimizer, if there is one. Raises
+    InputError if that is of another run.
+    """
+    state = read_state(folder / LAST) if args.resume else None
+    if state is None:
+        counts = {"epoch": 0, "batch": 0, "loss": 0.0, "seconds": 0.0, "papers": 0, "cool": None, "stop": None}
+        return {"settings": settings, **counts, "history": [], "scaler": None, "finished": False}
+    if state["settings"] != settings:
+        changed = results.describe_changes(state["settings"], settings)
+        raise InputError(f"--resume: {folder} holds a run with other settings or papers: {changed}; give the old ones, "
+                         "or leave --resume out")  # fmt: skip
+    load_state(folder / LAST, model, optimizer)
+    return state
+
+
 def begin(folder, runs, resume):
     """Clear what an earlier run left in `folder`, unless this one goes on with it. `runs`: the folders of its single
     trainings, which may be `folder` itself. The states go first: if it is killed here, nothing left passes for a run.
     """
-    if resume and (runs[0] / LAST).is_file():
+    if resume and any((run / LAST).is_file() for run in runs):
         return
     several = [*folder.glob("fold[0-9]*"), *folder.glob("seed[0-9]*")]
     for place in (folder, *several):
@@ -254,44 +293,6 @@ def begin(folder, runs, resume):
         (folder / name).unlink(missing_ok=True)
     for place in (folder / "best", *several):
         shutil.rmtree(place, ignore_errors=True)
-
-
-@dataclass
-class Plan:
-    """One model to train."""
-
-    name: str  # of its folder below the script's: "." for a single model, else fold1, seed42, ...
-    seed: int  # of its weights and batches
-    held_out: np.ndarray  # bool [papers]
-
-
-def make_plans(train, split, seed):
-    """The models to train: one on the common split, or with folds one per fold, or with seeds one per seed. `split`: a
-    dict of seed and valid_ratio (of the split), folds and seeds (how many, or None). `seed`: of the first model.
-    """
-    if split["folds"]:
-        numbers = fold_numbers(train, split["folds"], split["seed"])
-        return [Plan(f"fold{k + 1}", seed, numbers == k) for k in range(split["folds"])]
-    held_out = split_papers(train, split["valid_ratio"], split["seed"])
-    if split["seeds"]:
-        return [Plan(f"seed{seed + k}", seed + k, held_out) for k in range(split["seeds"])]
-    return [Plan(".", seed, held_out)]
-
-
-def average(plans, valid_probs):
-    """The held-out predictions of all models: (bool [papers], held out by any; float array [held out], the mean P)."""
-    total, times = (np.zeros(len(plans[0].held_out)) for _ in range(2))
-    for plan, probs in zip(plans, valid_probs):
-        total[plan.held_out] += probs
-        times[plan.held_out] += 1
-    return times > 0, total[times > 0] / times[times > 0]
-
-
-def spread_rows(name, seeds):
-    """Rows of a score table: mean and standard deviation over models that differ in their seed."""
-    frame = pd.DataFrame(seeds)
-    note = f"over {len(seeds)} seeds"
-    return [(f"{name}, mean", frame.mean().to_dict(), note), (f"{name}, deviation", frame.std().to_dict(), note)]
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
@@ -316,20 +317,21 @@ class Run:
     stepper: object = None
     saved: float = field(default_factory=time.perf_counter)  # when the last checkpoint was written
     timed: bool = False  # whether the log says how long it will take
-    skipped: object = 0  # int or tensor, steps since the last meeting whose gradients overflowed in fp16
 
     def batches(self, epoch):
         lengths = [len(paper["input_ids"]) for paper in self.train]
         return draw_batches(lengths, self.args.batch_size, (self.args.seed, epoch))
 
-    def cooling(self):
+    def cooldown_factor(self):
         """What the learning rate is multiplied with: 1, and from the step on at which all is learned down to 0."""
         cool, stop = self.state["cool"], self.state["stop"]
         return 1 if stop is None else (stop - self.state["batch"]) / (stop - cool)
 
     def save_last(self):
-        scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler else None
-        save_state(self.folder / LAST, self.model, self.optimizer, self.state | {"scaler": scaler})
+        if self.accelerator.is_main_process:
+            scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler else None
+            save_state(self.folder / LAST, self.model, self.optimizer, self.state | {"scaler": scaler})
+        self.saved = time.perf_counter()
 
 
 def fit(accelerator, model, task, train, held_out, folder, args, settings, shape="linear"):
@@ -353,7 +355,7 @@ def fit(accelerator, model, task, train, held_out, folder, args, settings, shape
     steps = args.epochs * len(run.batches(1))
     log(f"{len(train)} texts to train on, {len(held_out)} held out; {args.epochs} epochs, {steps} steps of "
         f"{args.batch_size}; {trained:,} weights; {describe(accelerator)}")  # fmt: skip
-    if len(held_out) < ENOUGH:
+    if len(held_out) < MIN_HELD_OUT:
         log(f"{len(held_out)} held-out papers are too few to tell epochs apart: one of them is {1 / len(held_out):.1%} "
             "of the accuracy; --folds 5 holds out every paper once")  # fmt: skip
     if state["epoch"] or state["batch"]:
@@ -377,62 +379,26 @@ def make_optimizer(model, args):
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=args.lr, fused=True)
 
 
-def loss_weights(labels, class_weight):
-    """What each paper's loss counts: 1, or with "balanced" so that both classes count the same: [0, 0, 1] -> [.75, .75,
-    1.5].
-    """
-    if class_weight is None:
-        return np.ones(len(labels))
-    counts = np.bincount(labels, minlength=2)
-    return (len(labels) / 2 / np.maximum(counts, 1))[labels]
-
-
-def start_state(model, optimizer, folder, args, settings):
-    """The state to start from: with --resume the checkpoint's, put into model and optimizer, if there is one. Raises
-    InputError if that is of another run.
-    """
-    state = read_state(folder / LAST) if args.resume else None
-    if state is None:
-        counts = {"epoch": 0, "batch": 0, "loss": 0.0, "skipped": 0, "seconds": 0.0, "papers": 0}
-        learned = {"checked": [0, 0.0], "passed": 0, "cool": None, "stop": None}  # see check_learned
-        return {"settings": settings, **counts, **learned, "history": [], "scaler": None, "finished": False}
-    if state["settings"] != settings:
-        changed = results.describe_changes(state["settings"], settings)
-        raise InputError(f"--resume: {folder} holds a run with other settings or papers: {changed}; give the old ones, "
-                         "or leave --resume out")  # fmt: skip
-    load_state(folder / LAST, model, optimizer)
-    return state
-
-
-def largest_piece(run):
-    """The piece of a batch that needs most memory in any epoch: int array of papers."""
-    lengths, pieces = np.array([len(paper["input_ids"]) for paper in run.train]), []
-    for epoch in range(1, run.args.epochs + 1):
-        for batch in run.batches(epoch):
-            pieces += np.array_split(batch, run.args.accumulate * run.accelerator.num_processes)
-    return max(pieces, key=lambda piece: len(piece) * lengths[piece].max(initial=0))
-
-
 def try_largest(run):
-    """Compute the largest piece, forward and backward, and drop its gradients: what doesn't fit into the memory, or
-    overflows in fp16, is said before the first step and not after an hour. Changes nothing that a checkpoint holds.
+    """Compute a piece of the longest papers, forward and backward, and drop its gradients: what doesn't fit into the
+    memory, or overflows in fp16, is said before the first step and not after an hour.
     """
-    accelerator, piece = run.accelerator, largest_piece(run)
+    size = -(-run.args.batch_size // (run.args.accumulate * run.accelerator.num_processes))
+    longest = length_batches([len(paper["input_ids"]) for paper in run.train], size)[0]
     run.model.train()
     torch.manual_seed(run.args.seed)
-    with step_advice(run.args, accelerator.num_processes):
-        loss = run.task.losses(run.parallel, [run.train[i] for i in piece]).sum()
-        accelerator.backward(loss)
+    loss = run.task.losses(run.parallel, [run.train[i] for i in longest]).sum()
+    run.accelerator.backward(loss)
     run.stepper.zero_grad()
-    if not math.isfinite(loss.item()):
-        raise InputError(f"the loss is {loss.item()} before the first step: {overflow_advice(run)}")
+    check_finite(run, loss.item())
 
 
-def overflow_advice(run):
-    """What to try when the loss isn't a number. With fp16 the forward pass overflows: no learning rate cures that."""
-    if run.accelerator.scaler:
-        return "numbers overflow in fp16: try --precision fp32, or bf16 on a newer GPU, or another --model"
-    return f"try --lr {run.args.lr / 3:.1e}"
+def check_finite(run, loss):
+    """Raise InputError if a loss isn't a number. With fp16 the forward pass overflows: no learning rate cures that."""
+    if not math.isfinite(loss):
+        half = "numbers overflow in fp16: try --precision fp32, or bf16 on a newer GPU, or another --model"
+        advice = half if run.accelerator.scaler else f"try --lr {run.args.lr / 3:.1e}"
+        raise InputError(f"the loss became {loss} in epoch {run.state['epoch'] + 1}: {advice}")
 
 
 def train_epoch(run):
@@ -445,22 +411,22 @@ def train_epoch(run):
     total, started = torch.zeros((), device=accelerator.device), time.perf_counter()
     run.model.train()
     while state["batch"] < (state["stop"] or len(batches)):
-        place = state["batch"]
-        with step_advice(args, accelerator.num_processes):
-            total += train_step(run, batches[place], (epoch - 1) * len(batches) + place, args.epochs * len(batches))
-        bar.update(len(batches[place]))
-        seen += len(batches[place])
-        state["batch"], state["papers"] = place + 1, state["papers"] + len(batches[place])
-        last = place + 1 == (state["stop"] or len(batches))
-        if place % 10 == 9 or last:
+        batch = batches[state["batch"]]
+        total += train_step(run, batch, (epoch - 1) * len(batches) + state["batch"], args.epochs * len(batches))
+        bar.update(len(batch))
+        seen += len(batch)
+        state["batch"] += 1
+        state["papers"] += len(batch)
+        last = state["batch"] == (state["stop"] or len(batches))
+        if state["batch"] % 10 == 0 or last:  # reading the loss waits for the GPU
             state["seconds"] += time.perf_counter() - started
-            overdue = meet(run, total)
+            overdue = sync_loss(run, total)
             bar.set_postfix(loss=f"{state['loss'] / seen:.4f}", refresh=False)
             if not last:
                 say_duration(run)
                 check_learned(run, len(batches))
             if overdue and not last:
-                save_now(run)
+                run.save_last()
             started = time.perf_counter()
     bar.close()
 
@@ -468,35 +434,32 @@ def train_epoch(run):
 def say_duration(run):
     """After the first steps of a run, say how long all of it will take."""
     state, papers = run.state, run.args.epochs * len(run.train)
-    if not run.timed:
-        run.timed = True
-        minutes = (papers - state["papers"]) * state["seconds"] / state["papers"] / 60
-        if minutes >= 1:
-            log(f"about {minutes:.0f} minutes for what is left of {run.args.epochs} epochs, less if it learns before")
+    minutes = (papers - state["papers"]) * state["seconds"] / state["papers"] / 60
+    if not run.timed and minutes >= 1:
+        log(f"about {minutes:.0f} minutes for {run.args.epochs} epochs, less if it has learned before")
+    run.timed = True
 
 
 def check_learned(run, steps):
-    """Now and then, if the training loss is low, score held-out papers within an epoch: a hundred of them and, when all
-    of these are right, the next time all. If all are right twice running, the learning rate falls to 0 over a tenth as
-    many steps again, which ends the epoch, and training if all are right then, too. With fewer than a hundred held-out
-    papers, or where a model never gets all right, nothing changes: the epochs decide. The end of an epoch counts as the
-    second time, too. `steps`: of an epoch.
+    """End the training early, in three steps:
+
+    1. At every eighth of an epoch score the held-out papers, first a few of them.
+    2. If all are right, the learning rate falls to 0 over a tenth as many steps again, which ends the epoch.
+    3. If all are right then, too, training ends (score_epoch); else it goes on with the next epoch.
+
+    `steps`: of an epoch. With fewer than MIN_HELD_OUT held-out papers the epochs decide.
     """
-    state, every = run.state, max(10, steps // 80 * 10)
-    if len(run.held_out) < ENOUGH or state["stop"] or state["batch"] % every:
+    state = run.state
+    if len(run.held_out) < MIN_HELD_OUT or state["stop"] or state["batch"] % max(10, steps // 80 * 10):
         return
-    (before, loss_before), now = state["checked"], (state["papers"], state["loss"])
-    state["checked"] = list(now)
-    if before == 0 or (now[1] - loss_before) > 0.1 * (now[0] - before):
-        return
-    papers = run.held_out if state["passed"] else run.held_out[:ENOUGH]
-    guess = predict(run.accelerator, run.model, papers, run.task)
+    for papers in (run.held_out[:: len(run.held_out) // 20], run.held_out):
+        guess = predict(run.accelerator, run.model, papers, run.task) >= 0.5
+        wrong = np.sum(guess != [paper["label"] for paper in papers])
+        if wrong:
+            break
     run.model.train()
-    wrong = int(((guess >= 0.5) != [paper["label"] for paper in papers]).sum())
-    state["passed"] = 0 if wrong else state["passed"] + 1
-    done = state["batch"] / steps
-    log(f"epoch {state['epoch'] + 1}, {done:.0%}: {wrong} of {len(papers)} held-out papers are wrong")
-    if state["passed"] == 2:
+    log(f"epoch {state['epoch'] + 1}, {state['batch'] / steps:.0%}: {wrong} of {len(papers)} held-out papers are wrong")
+    if not wrong:
         state["cool"] = state["batch"]
         state["stop"] = min(steps, state["cool"] + max(10, (state["epoch"] * steps + state["batch"]) // 10))
         log("learned: the learning rate falls to 0 now, and training ends")
@@ -508,7 +471,7 @@ def train_step(run, batch, step, steps):
     rank, pieces = accelerator.process_index, args.accumulate * processes
     torch.manual_seed(args.seed + 1_000_003 * step + 7919 * rank)
     for group in run.optimizer.param_groups:
-        group["lr"] = args.lr * rate(step, steps, args.warmup, run.shape) * run.cooling()
+        group["lr"] = args.lr * rate(step, steps, args.warmup, run.shape) * run.cooldown_factor()
     total, parts = 0, np.array_split(batch, pieces)
     for i in range(rank, pieces, processes):
         # Every process must take part in each backward pass: without a paper of its own, with one that counts nothing.
@@ -518,46 +481,27 @@ def train_step(run, batch, step, steps):
             loss = (run.task.losses(run.parallel, [run.train[j] for j in piece]) * weights).sum()
             accelerator.backward(loss * processes / len(batch))  # gradients are averaged over processes
         total += loss.detach()
-    norm = accelerator.clip_grad_norm_([w for group in run.optimizer.param_groups for w in group["params"]], 1.0)
-    run.skipped = run.skipped + ~torch.isfinite(norm)  # with fp16 the scaler skips such a step
+    accelerator.clip_grad_norm_([w for group in run.optimizer.param_groups for w in group["params"]], 1.0)
     run.stepper.step()
     run.stepper.zero_grad()
     return total
 
 
-def meet(run, total):
-    """Every tenth step the processes meet: the loss is summed (and `total` set to 0), and the first one's clock says
-    whether a checkpoint is due, which is returned.
+def sync_loss(run, total):
+    """Sum the loss over the processes into the state and set `total` to 0. Returns whether a checkpoint is due, by the
+    first process's clock.
     """
     overdue = run.accelerator.is_main_process and time.perf_counter() - run.saved >= 60 * run.args.save_minutes
-    told = torch.stack([total, total.new_tensor(float(overdue)), torch.as_tensor(run.skipped).to(total)])
-    loss, overdue, skipped = run.accelerator.reduce(told).tolist()
+    loss, overdue = run.accelerator.reduce(torch.stack([total, total.new_tensor(float(overdue))])).tolist()
     total.zero_()
-    run.skipped = 0
+    check_finite(run, loss)
     run.state["loss"] += loss
-    run.state["skipped"] += round(skipped / run.accelerator.num_processes)
-    if not math.isfinite(loss):
-        raise InputError(f"the loss became NaN in epoch {run.state['epoch'] + 1}: {overflow_advice(run)}")
     return overdue > 0
-
-
-def save_now(run):
-    if run.accelerator.is_main_process:
-        run.save_last()
-    run.saved = time.perf_counter()
 
 
 def rank_of(epoch):
     """What makes an epoch the best: F1, then log-loss."""
     return epoch["f1"], -epoch["log_loss"]
-
-
-def tell_skipped(run):
-    """Say it if many steps of an epoch had no effect: with fp16 one whose gradients overflow is skipped."""
-    skipped, steps = run.state["skipped"], run.state["batch"]
-    if run.accelerator.scaler and skipped > 0.1 * steps:
-        log(f"{skipped} of {steps} steps had no effect, since gradients overflow in fp16: --precision fp32, or bf16 on "
-            "a newer GPU, learns from all")  # fmt: skip
 
 
 def score_epoch(run):
@@ -566,27 +510,23 @@ def score_epoch(run):
     epoch, train_loss = state["epoch"] + 1, state["loss"] / min(len(run.train), state["batch"] * args.batch_size)
     guess = predict(run.accelerator, run.model, run.held_out, run.task)
     values = results.scores([paper["label"] for paper in run.held_out], guess)
-    history = state["history"]
+    history, cooled = state["history"], state["stop"] is not None
     better = rank_of(values) > max(map(rank_of, history), default=(-1, 0))
     history.append({"epoch": epoch, "train_loss": round(train_loss, 6), **values})
     best = max(range(len(history)), key=lambda i: rank_of(history[i]))
-    tell_skipped(run)
-    learned, cooled = values["accuracy"] == 1 and state["passed"] > 0, state["stop"] is not None  # see check_learned
-    state |= {"epoch": epoch, "batch": 0, "loss": 0.0, "skipped": 0, "checked": [0, 0.0], "passed": 0}
-    state |= {"cool": None, "stop": None}
+    learned = cooled and values["accuracy"] == 1
+    state |= {"epoch": epoch, "batch": 0, "loss": 0.0, "cool": None, "stop": None}
     state["finished"] = epoch == args.epochs or len(history) - 1 - best >= args.patience or learned
-    left = (args.epochs - epoch) * len(run.train) * state["seconds"] / state["papers"] / 60
     log(f"epoch {epoch}: train loss {train_loss:.4f}; {len(run.held_out)} held out: accuracy {values['accuracy']:.4f}, "
-        f"f1 {values['f1']:.4f}, log-loss {values['log_loss']:.4f}{' (best so far)' if better else ''}"
-        + (f"; about {left:.0f} min left" if left >= 1 and not state["finished"] else ""))  # fmt: skip
+        f"f1 {values['f1']:.4f}, log-loss {values['log_loss']:.4f}{' (best so far)' if better else ''}")  # fmt: skip
     if cooled and not state["finished"]:
         log("some held-out papers are wrong again, so training goes on")
     if run.accelerator.is_main_process:
         if better:
-            with results.atomic_write(run.folder / "best") as part:
+            with files.atomic_write(run.folder / "best") as part:
                 run.task.save(run.model, part)
-        results.write_csv(run.folder / "log.csv", {key: [row[key] for row in history] for key in history[0]})
-        run.save_last()
+        files.write_csv(run.folder / "log.csv", {key: [row[key] for row in history] for key in history[0]})
+    run.save_last()
 
 
 # ---- predicting ------------------------------------------------------------------------------------------------------
@@ -601,11 +541,11 @@ def progress(accelerator, total, words, done=0):
 
 def predict(accelerator, model, papers, task, batch_size=None):
     """P(label = 1) of every paper, in their order: float array [papers]. Each paper is scored once, by one process.
-    If memory runs out the batch is halved. Raises InputError if not even one paper fits, or a probability is NaN.
+    If memory runs out the batch is halved. Raises InputError if a probability is NaN.
     """
-    batch_size = batch_size or (ON_GPU if accelerator.device.type == "cuda" else ON_CPU)
+    batch_size = batch_size or (GPU_BATCH if accelerator.device.type == "cuda" else CPU_BATCH)
     model.eval()
-    found = torch.zeros(2, len(papers), device=accelerator.device)  # probabilities, and how often each was scored
+    found = torch.zeros(len(papers), device=accelerator.device)
     batches = length_batches([len(paper["input_ids"]) for paper in papers], batch_size)
     todo = batches[accelerator.process_index :: accelerator.num_processes]
     bar = progress(accelerator, sum(map(len, todo)), "predict")
@@ -618,14 +558,11 @@ def predict(accelerator, model, papers, task, batch_size=None):
             log(f"out of memory with {len(batch)} papers at a time, going on with {half}")
             todo = [rest[i : i + half] for rest in todo for i in range(0, len(rest), half)]
             continue
-        found[0, batch] = probs
-        found[1, batch] += 1
+        found[batch] = probs
         bar.update(len(batch))
         todo.pop(0)
     bar.close()
-    probs, times = accelerator.reduce(found).cpu().numpy()
-    if not (times == 1).all():
-        raise RuntimeError(f"{(times != 1).sum()} papers were not scored exactly once")
+    probs = accelerator.reduce(found).cpu().numpy()
     if not np.isfinite(probs).all():
         raise InputError(f"P(label) is NaN for {(~np.isfinite(probs)).sum()} of {len(papers)} papers: the numbers "
                          "overflow in this precision, give --precision fp32 or bf16, or another --model")  # fmt: skip
@@ -633,15 +570,23 @@ def predict(accelerator, model, papers, task, batch_size=None):
 
 
 def score_batch(model, papers, task):
-    """task.probs in float32, None if memory ran out. Raises InputError if it ran out with a single paper."""
+    """task.probs in float32; None if memory ran out, unless with a single paper: then the error goes on."""
     try:
         with torch.no_grad():
             return task.probs(model, papers).float()
     except RuntimeError as error:
-        if not hub.is_out_of_memory(error):
+        if len(papers) == 1 or not hub.is_out_of_memory(error):
             raise
-        if len(papers) == 1:
-            tokens = len(papers[0]["input_ids"])
-            advice = f"try --max-length {tokens // 2}, or a smaller --model"
-            raise InputError(f"out of memory with 1 paper of {tokens} tokens: {advice}") from None
         return None
+
+
+def in_float32(layer, inputs, output):
+    """Forward hook of a linear layer: its output in float32, where bf16 or fp16 would round it (bf16 to steps of 0.125
+    between 16 and 32). Computed for a slice of the rows at a time: a float32 copy of a vocabulary takes gigabytes.
+    """
+    if output.dtype == torch.float32:
+        return output
+    with torch.autocast(output.device.type, enabled=False):
+        values = [torch.nn.functional.linear(inputs[0].float(), rows.float()) for rows in layer.weight.split(16384)]
+        values = torch.cat(values, dim=-1)
+        return values if layer.bias is None else values + layer.bias.float()

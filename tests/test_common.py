@@ -11,6 +11,7 @@ import pytest
 from conftest import KIT
 
 import common
+from lib import results
 from lib.cli import InputError
 
 HEADER = ["uuid", "title", "author", "abstract", "Keywords", "label"]
@@ -262,10 +263,10 @@ def test_copies_of_a_paper_are_held_out_together(split):
 
 def test_fingerprint_knows_papers_whatever_their_order():
     papers = paper_frame()
-    assert common.fingerprint(papers) == common.fingerprint(papers.sample(frac=1, random_state=0))
+    assert results.fingerprint(papers) == results.fingerprint(papers.sample(frac=1, random_state=0))
     changed = papers.copy()
     changed.loc[3, "abstract"] += "."
-    assert common.fingerprint(papers) != common.fingerprint(changed)
+    assert results.fingerprint(papers) != results.fingerprint(changed)
 
 
 # ---- flags -----------------------------------------------------------------------------------------------------------

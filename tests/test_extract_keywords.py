@@ -216,7 +216,7 @@ def test_a_submission_takes_the_board_list_unless_told_otherwise(tmp_path, paper
     test = papers[1].drop(columns="Keywords", errors="ignore").head(3)
     folder = tmp_path / "keywords"
     folder.mkdir()
-    record = {"papers": {"test_fingerprint": common.fingerprint(test)}, "scores": {}}
+    record = {"papers": {"test_fingerprint": results.fingerprint(test)}, "scores": {}}
     (folder / "metrics.json").write_text(json.dumps(record))
     for name in ("board", "test"):
         pd.DataFrame({"uuid": test["uuid"], "Keywords": f"from {name}"}).to_csv(folder / f"{name}.csv", index=False)

@@ -8,7 +8,6 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from common import fingerprint
 from lib import results
 from lib.cli import InputError
 
