@@ -1,17 +1,14 @@
-import errno
-import os
 import re
-import stat
-import threading
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from lib import results
+from lib import files, results
 from lib.cli import InputError
 
-TEST = pd.DataFrame({"uuid": ["010", "x y", "a,b"], "title": ['Say "x", y', "βeta", "z"], "abstract": ["", "", ""]})
+UUIDS = ["010", "x y ", "&amp;,b"]  # they only pass through, as written
+TEST = pd.DataFrame({"uuid": UUIDS, "title": ['Say "x", y', "βeta", "z"], "abstract": ["", "", ""]})
 
 
 def test_scores():
@@ -33,97 +30,8 @@ def test_the_header_of_a_table_is_above_its_columns():
         assert line.startswith(name) and line.index(note) == header.index("papers, fields")
 
 
-# ---- files -----------------------------------------------------------------------------------------------------------
-
-
-def put(path, text):
-    """Write `text` to a file; if `path` has no suffix, to a file in a folder."""
-    with results.atomic_write(path) as part:
-        if path.suffix:
-            return part.write_text(text)
-        part.mkdir()
-        (part / text).write_text(text)
-
-
-@pytest.mark.parametrize("name", ["a.txt", "folder"])
-def test_a_write_replaces_all_or_nothing(tmp_path, name):
-    path = tmp_path / "new" / name
-    read = path.read_text if path.suffix else lambda: os.listdir(path)[0]
-    for text in ("old", "newer"):
-        put(path, text)
-        assert read() == text
-        with pytest.raises(RuntimeError), results.atomic_write(path) as part:
-            part.write_text("half") if path.suffix else part.mkdir()
-            raise RuntimeError
-        assert read() == text and os.listdir(path.parent) == [name]
-
-
-def test_of_a_link_the_target_is_replaced(tmp_path):
-    put(tmp_path / "disk" / "a.txt", "old")
-    (tmp_path / "link.txt").symlink_to("disk/a.txt")
-    put(tmp_path / "link.txt", "new")
-    assert (tmp_path / "link.txt").is_symlink() and (tmp_path / "disk" / "a.txt").read_text() == "new"
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.txt", "disk", "link.txt"]
-
-
-def test_a_pipe_is_written_to(tmp_path):
-    pipe, read = tmp_path / "pipe.txt", []
-    os.mkfifo(pipe)
-    reader = threading.Thread(target=lambda: read.append(pipe.read_text()), daemon=True)
-    reader.start()
-    put(pipe, "all of it")
-    reader.join(10)
-    assert read == ["all of it"] and pipe.is_fifo() and os.listdir(tmp_path) == ["pipe.txt"]
-
-
-def test_a_device_stays_one(tmp_path):
-    device = tmp_path / "null.txt"
-    try:
-        os.mknod(device, stat.S_IFCHR | 0o666, os.makedev(1, 3))
-        device.write_text("x")
-    except OSError as error:
-        pytest.skip(f"making a device isn't permitted: {error}")
-    put(device, "gone")
-    assert device.is_char_device() and os.listdir(tmp_path) == ["null.txt"]
-
-
-@pytest.mark.parametrize("content", ["", "{", "[" * 5000, "5", "[]", '{"papers": 5, "fields": []}', '{"papers": {}}'])
-def test_damaged_json_is_refused(tmp_path, content):
-    path = tmp_path / "metrics.json"
-    assert results.read_json(path, papers=dict, fields=list) == {}
-    path.write_text(content)
-    with pytest.raises(InputError, match="metrics.json is damaged"):
-        results.read_json(path, papers=dict, fields=list)
-
-
 def test_what_differs_is_named():
     assert results.describe_changes({"lr": 1, "a": 0}, {"lr": 2, "a": 0}) == "lr was 1 and is 2"
-
-
-# ---- the lock --------------------------------------------------------------------------------------------------------
-
-
-def test_a_second_run_in_one_folder_is_refused(tmp_path):
-    folder = tmp_path / "outputs" / "bert"
-    with results.locked(folder):
-        with pytest.raises(InputError, match="bert is in use by another run"), results.locked(folder):
-            pass
-        with results.locked(folder, wanted=False):  # another process of the same run
-            pass
-    assert not list(tmp_path.iterdir()), "a run that wrote nothing leaves nothing"
-    with results.locked(folder):
-        (folder / "test.csv").write_text("x")
-    with results.locked(folder):  # a lock that was left does not block
-        assert (folder / "test.csv").exists()
-
-
-def test_what_a_kill_between_two_renames_left_is_put_back(tmp_path):
-    for name in ("fold1/.best.123.old", "fold2/.best.123.old", "fold2/best", ".test.csv.7.part"):
-        put(tmp_path / name / "x.txt", name)
-    with results.locked(tmp_path):
-        assert (tmp_path / "fold1" / "best" / "x.txt").read_text() == "fold1/.best.123.old"
-        assert (tmp_path / "fold2" / "best" / "x.txt").read_text() == "fold2/best"
-        assert not list(tmp_path.rglob(".*.*"))
 
 
 # ---- predictions -----------------------------------------------------------------------------------------------------
@@ -163,10 +71,10 @@ def test_damaged_predictions_are_refused(tmp_path, text, words):
 
 def test_labels_are_those_of_the_file_beside(tmp_path, write_csv):
     """testB.csv numbers its papers from 0, too: the labels of test.csv say nothing about them."""
-    write_csv("test_labels.csv", [["Label", "uuid"], ["1", "a,b"], ["0", "010"], ["1", "x y"], ["0", "other"]])
+    write_csv("test_labels.csv", [["Label", "uuid"], ["1", "&amp;,b"], ["0", "010"], ["1", "x y "], ["0", "other"]])
     assert results.read_labels(tmp_path / "test.csv", TEST).tolist() == [0, 1, 1]
     assert results.read_labels(tmp_path / "testB.csv", TEST) is None
-    write_csv("testB_labels.csv", [["uuid", "label"], ["010", "1"], ["x y", "2"], ["a,b", "0"]])
+    write_csv("testB_labels.csv", [["uuid", "label"], ["010", "1"], ["x y ", "2"], ["&amp;,b", "0"]])
     assert results.read_labels(tmp_path / "testB.csv", TEST) is None
     write_csv("test_labels.csv", [["uuid"], ["010"]])
     with pytest.raises(InputError, match="test_labels.csv: no column"):
@@ -196,27 +104,9 @@ def test_submission_keeps_uuids_order_and_text(tmp_path, capsys):
 def test_submission_takes_extracted_keywords_of_these_papers_only(tmp_path, capsys):
     folder = tmp_path / "outputs" / "keywords"
     for name in ("test.csv", "board.csv"):
-        results.write_csv(folder / name, {"uuid": TEST["uuid"][::-1], "Keywords": ["k3", "k2", "k1"]})
-    results.write_json(folder / "metrics.json", {"papers": {"test_fingerprint": fingerprint(TEST)}})
+        files.write_csv(folder / name, {"uuid": TEST["uuid"][::-1], "Keywords": ["k3", "k2", "k1"]})
+    files.write_json(folder / "metrics.json", {"papers": {"test_fingerprint": results.fingerprint(TEST)}})
     assert submission(tmp_path, TEST)["Keywords"].tolist() == ["k1", "k2", "k3"]
     other = TEST.assign(title=["x", "y", "z"])
     assert submission(tmp_path, other)["Keywords"].tolist() == ["x", "y", "z"]
     assert "other test papers" in capsys.readouterr().err
-
-
-def test_a_file_system_without_locks_is_said_and_goes_on(tmp_path, monkeypatch, capsys):
-    def flock(*_):
-        raise OSError(errno.ENOSYS, "Function not implemented")
-
-    monkeypatch.setattr(pytest.importorskip("fcntl"), "flock", flock)
-    with results.locked(tmp_path / "model"):
-        results.write_json(tmp_path / "model" / "a.json", {})
-    assert "no file locks" in capsys.readouterr().err and (tmp_path / "model" / "a.json").is_file()
-
-
-def test_what_is_synced_is_open_for_writing(tmp_path, monkeypatch):
-    """Windows refuses the other."""
-    fcntl, modes = pytest.importorskip("fcntl"), []
-    monkeypatch.setattr(os, "fsync", lambda file: modes.append(fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE))
-    results.write_json(tmp_path / "a.json", {})
-    assert modes == [os.O_RDWR]
