@@ -107,14 +107,14 @@ def comparable(train, models):
     A model that shares few held-out papers with those before it is left out: it would leave too few to compare the
     others on. Few is less than half of a common split (a tenth of train), or of what they share if that is less.
     """
-    advice = "hold out the papers of common.split_papers, with the same seed"
+    advice = "hold out those of common.split_papers, with the same seed"
     kept, shared = [], train
     for model in models:
         papers = shared[shared["uuid"].isin(model.valid.index)]
         enough = min(len(shared), len(train) / 10) / 2
         if kept and (len(papers) < enough or papers["label"].nunique() < 2):
-            log(f"warning: {model.name} held out {len(papers)} of the papers that the others held out, too few to be "
-                f"compared or submitted: {advice}")
+            log(f"warning: {model.name} shares {len(papers)} held-out papers with the others, too few to be compared "
+                f"or submitted: {advice}")
         else:
             kept.append(model)
             shared = papers
@@ -196,7 +196,7 @@ def choose(labels, probs):
             break
     others = [other for other in probs if other != name]
     if not others:
-        return name, "the only model that has run"
+        return name, "the only model to choose from"
     rival = max(others, key=f1.get)
     gain, error = f1_gain(labels, probs[name], probs[rival])
     tie = "" if gain > error else f": a tie, and {name} is plainer"

@@ -179,7 +179,7 @@ def test_a_model_that_held_out_few_papers_changes_nothing_for_the_others(kit, tm
     tables = done.stdout.split("Test papers")[0], done.stdout.split("For comparison")[1]
     assert [("\nb " in table, "\na " in table) for table in tables] == [(True, False), (False, True)]
     assert tables[0].count(" 24 held out") == 3 and " 4 held out" in tables[1]
-    assert "warning: a held out 2 of the papers that the others held out" in done.stderr
+    assert "warning: a shares 2 held-out papers with the others" in done.stderr
     assert "Not compared" in (tmp_path / "outputs" / "report.html").read_text(encoding="utf-8")
 
 
