@@ -1,6 +1,6 @@
 """Every model's predictions -> one submission, and a report of what each is worth.
 
-    python blend.py                            writes submit_task1.csv here, outputs/report.html and report.md
+    python blend.py                            writes submit_task1.csv here and outputs/report.html
     python blend.py --submit my.csv
     python blend.py --report-only              the report alone
 
@@ -8,11 +8,13 @@ In: train.csv, test.csv, test_labels.csv if it is there, and every folder output
 label, prob of the papers that the model held out; prob is P(label = 1)) and test.csv (uuid, prob). A model of your own
 needs no more. Out: the submission and the report, from these files alone: nothing is trained.
 
-All models are compared on the papers that every one of them held out. The plainest is submitted unless another, or a
-blend, has an F1 that is higher by more than the standard error of the difference. A blend is judged on papers that its
-weights were not chosen on: they are chosen on one half and scored on the other, both ways.
+The models are compared on the papers that all of them held out; one that shares too few of them is left out of that.
+The plainest is submitted unless another, or a blend, has an F1 that is higher by more than the standard error of the
+difference. A blend is judged on papers that its weights were not chosen on: they are chosen on one half and scored on
+the other, both ways.
 """
 
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,20 +24,10 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score, roc_auc_score
 from sklearn.model_selection import cross_val_predict
 
-from common import build_text, fold_numbers, load_papers
-from lib import cli, report
+import common
+from lib import cli, report, results
 from lib.cli import InputError, few, log
-from lib.results import (
-    add_keywords_flag,
-    paper_record,
-    read_json,
-    read_labels,
-    read_predictions,
-    score_table,
-    scores,
-    warn_one_class,
-    write_submission,
-)
+from lib.results import scores
 
 PLAINEST = ("baseline", "bert", "lora")  # models of other names come after these
 
@@ -46,7 +38,7 @@ PLAINEST = ("baseline", "bert", "lora")  # models of other names come after thes
 @dataclass
 class Model:
     name: str  # of its folder under outputs/
-    valid: pd.Series  # P(label = 1) of the papers it held out, by uuid
+    valid: pd.DataFrame  # label, and prob = P(label = 1), of the papers it held out, by uuid
     test_probs: np.ndarray  # P(label = 1) of the test papers, in the order of the test file
     metrics: dict  # its metrics.json; {} for a model of the user's own
 
@@ -59,7 +51,7 @@ def refuse(path, uuids, fault):
 
 def read_side(path, papers, side):
     """A frame of prob (and label) by uuid, from a model's file. Raises InputError unless all are of `papers`, once."""
-    found = read_predictions(path).set_index("uuid")
+    found = results.read_predictions(path).set_index("uuid")
     refuse(path, found.index[found.index.duplicated()], "is there more than once")
     refuse(path, found.index[~found.index.isin(papers["uuid"])], f"is not in the {side} file (or is beyond --limit)")
     return found
@@ -69,7 +61,7 @@ def read_model(folder, train, test, record):
     """The model whose predictions are in a folder. `record`: paper_record of train and test. Raises InputError unless
     the predictions are about these papers.
     """
-    metrics = read_json(folder / "metrics.json")
+    metrics = results.read_json(folder / "metrics.json")
     if not isinstance(metrics, dict) or not isinstance(metrics.get("papers"), dict):
         metrics = {}  # there is none, or it is of the user's own kind
     for side in ("train", "test"):
@@ -85,37 +77,50 @@ def read_model(folder, train, test, record):
         raise InputError(f"{valid_path} has no column label: write uuid, label and prob")
     labels = train.set_index("uuid")["label"].loc[valid.index]
     refuse(valid_path, valid.index[valid["label"] != labels], "has another label in the train file (another order?)")
-    return Model(folder.name, valid["prob"], predicted["prob"].loc[test["uuid"]].to_numpy(), metrics)
+    return Model(folder.name, valid, predicted["prob"].loc[test["uuid"]].to_numpy(), metrics)
 
 
 def read_models(out_dir, train, test, record):
-    """All models under out_dir, the plainest first. A folder with one of the two files is left out; a line says so."""
-    models, rank = [], {name: place for place, name in enumerate(PLAINEST)}
-    folders = {path.parent for path in out_dir.glob("*/*.csv") if path.name in ("valid.csv", "test.csv")}
-    for folder in sorted(folders, key=lambda folder: (rank.get(folder.name, len(rank)), folder.name)):
+    """All models under out_dir, the plainest first; of the user's own, the one that held out most papers. A folder with
+    one of the two files is left out; a line says so.
+    """
+    models = []
+    for folder in sorted({path.parent for path in out_dir.glob("*/*.csv")}):
         missing = [name for name in ("valid.csv", "test.csv") if not (folder / name).is_file()]
+        if folder.name == "keywords" or len(missing) == 2:
+            continue
         if folder.name == "blend":
             raise InputError(f"{folder}: a model can't be called blend: give its folder another name")
-        if not missing:
+        if missing:
+            log(f"{folder} has no {missing[0]} and is left out")
+        else:
             models.append(read_model(folder, train, test, record))
-        elif folder.name != "keywords":
-            log(f"warning: {folder} has no {missing[0]} and is left out: run its script again, or move it away")
     if not models:
         raise InputError(f"no model's valid.csv and test.csv under {out_dir}: run baseline.py first, or set --out-dir")
-    return models
+    rank = {name: place for place, name in enumerate(PLAINEST)}
+    return sorted(models, key=lambda model: (rank.get(model.name, len(rank)), -len(model.valid), model.name))
 
 
-def shared_papers(train, models):
-    """The papers of train that every model held out. Raises InputError if they are not of both classes."""
-    shared = set.intersection(*(set(model.valid.index) for model in models))
-    papers = train[train["uuid"].isin(shared)]
-    advice = "run them with the same --seed; the papers to hold out are those of common.split_papers"
-    if papers["label"].nunique() < 2:
-        names = ", ".join(model.name for model in models)
-        raise InputError(f"{names} held out no common papers of both classes: {advice}")
-    if len(papers) < min(len(model.valid) for model in models):
-        log(f"warning: the models held out different papers, {len(papers)} of them in common: {advice}")
-    return papers
+def comparable(train, models):
+    """The models that can be compared, and the papers of train that every one of them held out.
+
+    A model that shares few held-out papers with those before it is left out: it would leave too few to compare the
+    others on. Few is less than half of a common split (a tenth of train), or of what they share if that is less.
+    """
+    advice = "hold out those of common.split_papers, with the same seed"
+    kept, shared = [], train
+    for model in models:
+        papers = shared[shared["uuid"].isin(model.valid.index)]
+        enough = min(len(shared), len(train) / 10) / 2
+        if kept and (len(papers) < enough or papers["label"].nunique() < 2):
+            log(f"warning: {model.name} shares {len(papers)} held-out papers with the others, too few to be compared "
+                f"or submitted: {advice}")
+        else:
+            kept.append(model)
+            shared = papers
+    if shared["label"].nunique() < 2:
+        raise InputError(f"{kept[0].name} held out papers of one class alone: {advice}")
+    return kept, shared
 
 
 # ---- choosing --------------------------------------------------------------------------------------------------------
@@ -150,6 +155,20 @@ def nested_blend(probs, labels, half):
     return blended
 
 
+def add_blend(papers, probs, test_probs, seed):
+    """Add "blend" to the dicts {model: P(label = 1)} of held-out and test papers, unless one model is best alone or the
+    held-out papers can't be halved. Returns what it consists of: '67% baseline + 33% bert'.
+    """
+    matrix, labels = np.array(list(probs.values())), papers["label"].to_numpy()
+    weights = find_weights(matrix, labels)
+    mixture = " + ".join(f"{weight:.0%} {name}" for weight, name in zip(weights, probs) if weight)
+    if weights.max() < 1:
+        with suppress(InputError):  # a class has a single paper, or copies of one
+            probs["blend"] = nested_blend(matrix, labels, common.fold_numbers(papers, 2, seed) == 0)
+            test_probs["blend"] = weights @ np.array(list(test_probs.values()))
+    return mixture
+
+
 def f1_gain(labels, probs, other):
     """By how much the F1 of `probs` exceeds that of `other` on the same papers, and the standard error of this.
 
@@ -177,7 +196,7 @@ def choose(labels, probs):
             break
     others = [other for other in probs if other != name]
     if not others:
-        return name, "the only model that has run"
+        return name, "the only model to choose from"
     rival = max(others, key=f1.get)
     gain, error = f1_gain(labels, probs[name], probs[rival])
     tie = "" if gain > error else f": a tie, and {name} is plainer"
@@ -192,7 +211,7 @@ def train_test_auc(train, test, fields, seed, most=5000):
     two are alike, 1.0 if nothing is. At most `most` papers of each side are looked at. None where there are too few.
     """
     sides = [papers.sample(min(most, len(papers)), random_state=seed) for papers in (train, test)]
-    texts = [build_text(side, fields) for side in sides]
+    texts = [common.build_text(side, fields) for side in sides]
     if min(map(len, texts)) < 5 or not any(map(any, texts)):
         return None
     labels = np.repeat([0, 1], [len(side) for side in sides])
@@ -201,12 +220,12 @@ def train_test_auc(train, test, fields, seed, most=5000):
     return roc_auc_score(labels, cross_val_predict(model, counts, labels, cv=5, method="predict_proba")[:, 1])
 
 
-def make_tables(metrics, labels, probs, test_labels, test_probs, mixture):
-    """The report's tables of scores, each a title and rows of score_table. `metrics`: {model: metrics.json}; `labels`:
-    of the papers that all models held out; `probs`: {model or "blend": P(label = 1)} of these; the same of the test
-    papers, whose labels may be None; `mixture`: what the blend consists of.
+def make_tables(models, labels, probs, test_labels, test_probs, mixture):
+    """The tables of scores, each a title and rows of results.score_table. `models`: all of them; `labels`: of the
+    papers that the comparable ones held out; `probs`: {comparable model or "blend": P(label = 1)} of these; the same of
+    the test papers, whose labels may be None; `mixture`: what the blend consists of.
     """
-    fields = {name: " ".join(m.get("fields", ["own model"])) for name, m in metrics.items()}
+    fields = {model.name: " ".join(model.metrics.get("fields", ["own model"])) for model in models}
     held_out, tested, more = [], [], []
     for name, values in probs.items():
         note = fields.get(name, "weights chosen on the other half")
@@ -214,37 +233,19 @@ def make_tables(metrics, labels, probs, test_labels, test_probs, mixture):
         if test_labels is not None:
             note = f"{len(test_labels)} test papers, {fields.get(name, mixture)}"
             tested.append((name, scores(test_labels, test_probs[name]), note))
-    for name, m in metrics.items():
-        if "scores" in m and m["papers"]["held_out"] > len(labels):
-            more.append((name, m["scores"], f"{m['papers']['held_out']} held out, {fields[name]}"))
-        more += m.get("table", [])  # what the baseline compares itself with
-    tables = {"Held-out papers": held_out, "Test papers": tested}
-    tables["For comparison, each model on all papers it held out"] = more
-    return [(title, rows) for title, rows in tables.items() if rows]
-
-
-def read_keyword_metrics(folder, record):
-    """metrics.json of extract_keywords.py; {} if it has not run on these test papers. `record`: see read_model."""
-    keywords = read_json(folder / "metrics.json", scores=dict, fields=list, papers=dict)
-    same = keywords and keywords["papers"].get("test_fingerprint") == record["test_fingerprint"]
-    return keywords if same else {}
-
-
-def read_failed(out_dir):
-    """The stages that run.sh noted in failed.txt, except those that have left a newer result since."""
-    path = out_dir / "failed.txt"
-    stages = path.read_text(encoding="utf-8").split() if path.is_file() else []
-    failed, folders = [], {"llm-data": "lora", "lora-predict": "lora"}  # the other stages have their own folder
-    for stage in stages:
-        result = out_dir / folders.get(stage, stage) / "metrics.json"
-        if not result.is_file() or result.stat().st_mtime <= path.stat().st_mtime:
-            failed.append(stage)
-    return failed
+    for model in models:
+        valid, name = model.valid, model.name
+        if name not in probs or len(valid) > len(labels):
+            more.append((name, scores(valid["label"], valid["prob"]), f"{len(valid)} held out, {fields[name]}"))
+        more += model.metrics.get("table", [])  # what the baseline compares itself with
+    tables = [("Held-out papers", held_out), ("Test papers", tested)]
+    tables.append(("For comparison, each model on all papers it held out", more))
+    return [(title, rows) for title, rows in tables if rows]
 
 
 def parse_args():
     parser = cli.arg_parser(__doc__, "train", "test", "fields", "seed", "limit")
-    add_keywords_flag(parser)
+    results.add_keywords_flag(parser)
     parser.add_argument("--submit", default="submit_task1.csv", metavar="FILE", help="default %(default)s")
     parser.add_argument("--report-only", action="store_true", help="write no submission")
     return parser.parse_args()
@@ -252,21 +253,14 @@ def parse_args():
 
 def main():
     args = parse_args()
-    train, test, fields = load_papers(args)
-    record = paper_record(train, test, held_out=0)
+    train, test, fields = common.load_papers(args)
+    record = results.paper_record(train, test, held_out=0)
     models = read_models(args.out_dir, train, test, record)
-    papers = shared_papers(train, models)
-    labels, test_labels = papers["label"].to_numpy(), read_labels(args.test, test)
-    metrics = {model.name: model.metrics for model in models}
-    probs = {model.name: model.valid.loc[papers["uuid"]].to_numpy() for model in models}
-    test_probs = {model.name: model.test_probs for model in models}
-
-    matrix = np.array(list(probs.values()))
-    weights = find_weights(matrix, labels)
-    mixture = " + ".join(f"{weight:.0%} {name}" for weight, name in zip(weights, probs) if weight)
-    if weights.max() < 1 and np.bincount(labels).min() > 1:
-        probs["blend"] = nested_blend(matrix, labels, fold_numbers(papers, 2, args.seed) == 0)
-        test_probs["blend"] = weights @ np.array(list(test_probs.values()))
+    compared, papers = comparable(train, models)
+    labels, test_labels = papers["label"].to_numpy(), results.read_labels(args.test, test)
+    probs = {model.name: model.valid["prob"].loc[papers["uuid"]].to_numpy() for model in compared}
+    test_probs = {model.name: model.test_probs for model in compared}
+    mixture = add_blend(papers, probs, test_probs, args.seed)
     chosen, reason = choose(labels, probs)
     submitted = f"{mixture if chosen == 'blend' else f'100% {chosen}'}: {reason}"
     guess = test_probs[chosen] >= 0.5
@@ -274,28 +268,31 @@ def main():
 
     print(report.describe_auc(auc))
     print(f"blend: {submitted}")
-    one_class = warn_one_class(guess, train["label"])
+    one_class = results.warn_one_class(guess, train["label"])
     if not args.report_only:
-        write_submission(args.submit, test, guess, args.out_dir, args.keywords)
-    tables = make_tables(metrics, labels, probs, test_labels, test_probs, mixture)
+        results.write_submission(args.submit, test, guess, args.out_dir, args.keywords)
+    tables = make_tables(models, labels, probs, test_labels, test_probs, mixture)
     for title, rows in tables:
-        print(f"\n{title}\n{score_table(rows)}")
+        print(f"\n{title}\n{results.score_table(rows)}")
 
-    keywords = read_keyword_metrics(args.out_dir / "keywords", record)
+    path = args.out_dir / "keywords" / "metrics.json"
+    keywords = results.read_json(path, scores=dict, fields=list, papers=dict)
+    if keywords and keywords["papers"].get("test_fingerprint") != record["test_fingerprint"]:
+        keywords = {}  # of other test papers
+    recall = None if "Keywords" in test else keywords.get("scores", {}).get(f"{args.keywords}_recall")
     found = report.Found(
         submitted=submitted,
         chosen=chosen,
         auc=auc,
         one_class=one_class,
-        failed=read_failed(args.out_dir),
         tables=tables,
-        metrics=metrics,
+        metrics={model.name: model.metrics for model in models},
         keywords=keywords,
-        keyword_recall=None if "Keywords" in test else keywords.get("scores", {}).get("cased_recall_at_40"),
+        keyword_recall=recall,
         papers=papers,
         probs=probs,
-        test_labels=test_labels,
         test_probs=test_probs,
+        test_labels=test_labels,
     )
     for estimate, parts in report.board_estimates(found):
         print(f"board estimate (inferred, not official): {estimate:.4f} = {parts}")
