@@ -82,9 +82,8 @@ def refused(kit, tmp_path):
 
 
 def contents(folder):
-    """{path: bytes} of all that is under a folder, but locks; None for the bytes of a directory."""
-    paths = [path for path in sorted(folder.rglob("*")) if path.name != ".lock"]
-    return {path: path.read_bytes() if path.is_file() else None for path in paths}
+    """{path: bytes} of all files under a folder, but locks."""
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock"}
 
 
 def edit_json(path, **changes):

@@ -212,7 +212,7 @@ def test_what_is_wrong_again_is_not_learned(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(training, "predict", wrong_once)
     done, _, _ = fit(tmp_path, **LEARNS)
-    assert [epoch["accuracy"] for epoch in done["history"]] == [0, 1] and 80 < done["papers"] < 160
+    assert [epoch["accuracy"] for epoch in done["history"]] == [0, 1] and done["papers"] < 160
     assert "wrong again, so training goes on" in capsys.readouterr().err
 
 
