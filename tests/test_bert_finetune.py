@@ -213,6 +213,8 @@ def test_short_copies_of_the_papers_to_learn_from():
     copies = [copy.to_numpy().tolist() for copy in short_copies(frame, ["title", "author", "abstract"])]
     assert copies == [[["t", "a", "", 1], ["u", "", "", 0]], [["", "a", "", 1]]]
     assert short_copies(frame, ["abstract"]) == [] and len(short_copies(frame, ["title", "abstract"])) == 1
+    texts = [copy["author"].tolist() for copy in short_copies(frame, ["author", "abstract"])]
+    assert texts == [["a"], ["a"]], "no paper without text"
 
 
 def test_the_same_answer_in_any_batch(tiny_bert, encode, papers):
@@ -233,6 +235,8 @@ def test_the_same_answer_in_any_batch(tiny_bert, encode, papers):
         (["--max-length", "9999", "--model", "TINY"], ["--max-length 9999", "64 tokens"]),
         (["--precision", "fp16", "--model", "TINY"], ["--precision fp16", "CUDA"]),
         (["--folds", "1"], ["--folds"]),
+        (["--predict-only", "--fields", "title"], ["--predict-only", "--fields"]),
+        (["--predict-only", "--max-length", "9"], ["--predict-only", "--max-length"]),
         (["--folds", "99", "--model", "TINY"], ["--folds 99"]),
     ],
 )

@@ -1,3 +1,4 @@
+import argparse
 import json
 import shutil
 
@@ -319,6 +320,35 @@ def test_lora(kit, finished, lora, tiny_llm):
     assert kit("blend.py", "--fields", "title").returncode == 0
 
 
+def test_a_model_of_few_positions_is_asked_for_no_more(kit, tmp_path, tiny_llm):
+    """Also where --max-length of predicting is larger than the model."""
+    tokenizer, folder = AutoTokenizer.from_pretrained(tiny_llm), tmp_path / "gpt2"
+    config = AutoConfig.for_model("gpt2", n_positions=200, vocab_size=len(tokenizer), **KINDS["gpt2"][0])
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    assert kit("make_llm_data.py", "--limit", 24).returncode == 0
+    assert kit("lora_finetune.py", "--model", folder, "--epochs", 1, "--lr", "0.01").returncode == 0
+    done = kit("lora_predict.py", "--max-length", 2000, "--limit", 4)
+    assert done.returncode == 0 and "papers are cut to 200 tokens" in done.stderr, done.stderr
+
+
+def test_resume_takes_the_model_that_it_was(tmp_path):
+    """auto chooses by the memory that is free, which may be less today."""
+    state = {"settings": {"model": "larger"}, "finished": False}
+    training.save_state(tmp_path / training.LAST, torch.nn.Linear(1, 1), torch.optim.SGD([torch.zeros(1)]), state)
+    for model, resume, name in (("auto", True, "larger"), ("auto", False, "embedded"), ("mine", True, "mine")):
+        args = argparse.Namespace(model=model, resume=resume, load_in_4bit=False)
+        assert lora_finetune.find_model(training.make_accelerator("fp32"), args, tmp_path) == name
+
+
+def test_the_embedded_model_is_unpacked_once_and_nothing_else_is_touched(tmp_path, monkeypatch):
+    made, other = [], tmp_path / ".cache" / ".chatglm2.99.part"  # what another program writes there
+    other.mkdir(parents=True)
+    monkeypatch.setattr(llm, "KIT", tmp_path)
+    monkeypatch.setattr(llm, "dequantise", lambda source, name, folder: (folder.mkdir(), made.append(name)))
+    assert llm.embedded_folder() == llm.embedded_folder() and made == [llm.EMBEDDED] and other.is_dir()
+
+
 def test_p_tuning(kit, lora, tiny_llm):
     for command in (["lora_finetune.py", "--model", tiny_llm, *TINY, "--method", "p-tuning-v2"], ["lora_predict.py"]):
         done = kit(*command)
@@ -369,8 +399,9 @@ def test_folds_resumed_equal_uninterrupted_and_are_averaged(kit, tmp_path, tiny_
         for name in ("best/adapter_model.safetensors", "best/kit.json", "log.csv"):
             assert (whole / fold / name).read_bytes() == (cut / fold / name).read_bytes()
 
-    found = []
-    for flags in ([], ["--adapter", whole / "fold1/best"], ["--adapter", whole / "fold2/best"]):
+    found, moved = [], tmp_path / "fold1" / "best"  # an adapter knows its papers wherever it is
+    shutil.copytree(whole / "fold2" / "best", moved)
+    for flags in ([], ["--adapter", whole / "fold1/best"], ["--adapter", moved]):
         done = kit("lora_predict.py", "--name", "whole", *flags, "--limit", "24")
         assert done.returncode == 0, done.stderr
         found.append([probs_of(whole / name) for name in ("test.csv", "valid.csv")])
@@ -400,6 +431,11 @@ def test_a_held_out_paper_shapes_nothing(kit, tmp_path, tiny_llm, papers):
     assert same.sum() == 3 and not same[probs[0].index.get_loc(train["uuid"][place])]
 
 
+def fewer_items(lora):
+    path = lora.parent / "paper_label_valid.json"
+    path.write_text(json.dumps(json.loads(path.read_text())[1:]))
+
+
 def no_matrices(lora):
     path = lora / "best" / "adapter_model.safetensors"
     save_file({name: w * ("lora_B" not in name) for name, w in load_file(path).items()}, path)
@@ -417,6 +453,8 @@ def published_chatglm2(lora):
         (shutil.rmtree, ["lora_predict.py"], ["lora_finetune.py"]),
         (lambda lora: shutil.rmtree(lora.parent), ["TRAIN"], ["make_llm_data.py"]),
         (None, ["TRAIN", "--train", "other.csv"], ["other papers", "make_llm_data.py"]),
+        (None, ["TRAIN", "--limit", "9"], ["--limit"]),
+        (fewer_items, ["TRAIN"], ["11 items for 12 papers", "make_llm_data.py"]),
         (None, ["TRAIN", "--target-modules", "nothing"], ["q_proj"]),
         (None, ["TRAIN", "--model", "no/such-model"], ["--model no/such-model"]),
         (published_chatglm2, ["TRAIN", "--model", "chatglm2-6b"], ["convert_chatglm2.py"]),

@@ -128,11 +128,12 @@ def arguments(**changes):
     return args
 
 
-def fit(folder, task=None, dropout=0.0, **changes):
+def fit(folder, task=None, dropout=0.0, held_out=None, **changes):
     """Train a new model. Returns (what training.fit returns, the trained weights, the best ones)."""
     model, args, papers = Words(dropout), arguments(**changes), make_papers(101)
     accelerator, settings = training.make_accelerator("fp32"), {"lr": args.lr, "epochs": args.epochs}
-    done = training.fit(accelerator, model, task or make_task(), papers[:80], papers[80:], folder, args, settings)
+    held_out = held_out or papers[80:]
+    done = training.fit(accelerator, model, task or make_task(), papers[:80], held_out, folder, args, settings)
     return done, model.state_dict(), load_file(folder / "best" / "model.safetensors")
 
 
@@ -189,6 +190,7 @@ def test_resumed_equals_uninterrupted(tmp_path, monkeypatch, steps, changes):
     assert equal(*(load_file(tmp_path / name / "last.safetensors") for name in ("whole", "cut")), atol=0)
     finished, _, _ = fit(tmp_path / "cut", make_task(losses=dying([], 0)), resume=True, **changes)
     assert finished["history"] == done["history"], "a finished run is recognised"
+    assert all(name.startswith("weight/") for name in load_file(tmp_path / "cut" / "last.safetensors"))
 
 
 def test_what_is_learned_ends_within_an_epoch(tmp_path, monkeypatch, capsys):
@@ -198,6 +200,14 @@ def test_what_is_learned_ends_within_an_epoch(tmp_path, monkeypatch, capsys):
     done, _, _ = fit(tmp_path / "short", **LEARNS)
     assert done["papers"] < 80 and done["history"][-1]["accuracy"] == 1
     assert "learned: the learning rate falls to 0" in capsys.readouterr().err
+
+
+def test_the_first_look_is_at_a_few_papers_of_both_classes(tmp_path, monkeypatch):
+    """Whatever the order of the file: here it is sorted by label."""
+    looks, predict = [], training.predict
+    monkeypatch.setattr(training, "predict", lambda *given: (looks.append(given[2]), predict(*given))[1])
+    fit(tmp_path, held_out=sorted(make_papers(120), key=lambda paper: paper["label"]), **LEARNS)
+    assert len(looks[0]) == 20 and {paper["label"] for paper in looks[0]} == {0, 1}
 
 
 def test_what_is_wrong_again_is_not_learned(tmp_path, monkeypatch, capsys):
@@ -231,7 +241,8 @@ def test_a_new_run_clears_the_earlier_one_and_nothing_else(tmp_path):
     for path in (*kept, *(tmp_path / name for name in names)):
         path.parent.mkdir(exist_ok=True, parents=True)
         path.touch()
-    training.begin(tmp_path, [tmp_path / "seed42"], resume=True)
+    runs = [tmp_path / "seed41", tmp_path / "seed42"]  # of the first there is nothing
+    training.begin(tmp_path, runs, resume=True)
     assert all((tmp_path / name).exists() for name in names)
     training.begin(tmp_path, [tmp_path / "fold1"], resume=True)  # there is no state to go on with
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == kept
