@@ -180,8 +180,7 @@ stage report - python blend.py --seed "${SEED:-42}" --report-only
 run_tests() { install requirements-dev.txt && env -u DATA_DIR -u OUT_DIR "$venv/bin/python" -m pytest -q "$kit/tests"; }
 stage test - run_tests
 
-# The last lines: what is there, what is missing.
-! contains "$finished" blend || say "$PWD/submit_task1.csv and ${OUT_DIR:-$kit/outputs}/report.html are written"
+# The last lines: what is missing.
 [ "$stages" != setup ] || [ -n "$failed" ] || say "$venv is ready"
 [ -n "$failed" ] || exit 0
 say "FAILED:$failed. The other stages are done. When the cause is fixed:"
