@@ -81,10 +81,10 @@ def test_every_stage_runs_once_in_its_order(shell):
 
 
 def test_some_stages_and_help(shell):
-    shell("blend", "baseline")
-    assert shell.log("scripts") == ["baseline.py", "blend.py"]
     (shell.folder / "link").symlink_to(shell.kit / "run.sh")
-    shown = shell("--help", path=shell.folder / "link")
+    shell("blend", "baseline", path="../link")
+    assert shell.log("commands") == [f"{shell.kit}/{name} --seed 42" for name in ("baseline.py", "blend.py")]
+    shown = shell("--help")
     assert shown.returncode == 0 and "baseline" in shown.stdout and "DATA_DIR" in shown.stdout
 
 
