@@ -25,7 +25,7 @@ from sklearn.metrics import f1_score, roc_auc_score
 from sklearn.model_selection import cross_val_predict
 
 import common
-from lib import cli, report, results
+from lib import cli, files, report, results
 from lib.cli import InputError, few, log
 from lib.results import scores
 
@@ -61,7 +61,7 @@ def read_model(folder, train, test, record):
     """The model whose predictions are in a folder. `record`: paper_record of train and test. Raises InputError unless
     the predictions are about these papers.
     """
-    metrics = results.read_json(folder / "metrics.json")
+    metrics = files.read_json(folder / "metrics.json")
     if not isinstance(metrics, dict) or not isinstance(metrics.get("papers"), dict):
         metrics = {}  # there is none, or it is of the user's own kind
     for side in ("train", "test"):
@@ -276,7 +276,7 @@ def main():
         print(f"\n{title}\n{results.score_table(rows)}")
 
     path = args.out_dir / "keywords" / "metrics.json"
-    keywords = results.read_json(path, scores=dict, fields=list, papers=dict)
+    keywords = files.read_json(path, scores=dict, fields=list, papers=dict)
     if keywords and keywords["papers"].get("test_fingerprint") != record["test_fingerprint"]:
         keywords = {}  # of other test papers
     recall = None if "Keywords" in test else keywords.get("scores", {}).get(f"{args.keywords}_recall")

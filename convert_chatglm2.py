@@ -23,8 +23,8 @@ from transformers import GlmConfig, GlmForCausalLM, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import generate_merges
 
 from lib.cli import InputError, Parser, log, run_script
+from lib.files import atomic_write, read_json
 from lib.hub import check_pointer, first_line
-from lib.results import atomic_write, read_json
 
 DOWNLOAD = "download it again"
 # Config keys that tell other models and other maths: the value that can be converted, and the published default.

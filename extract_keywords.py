@@ -23,12 +23,12 @@ from pathlib import Path
 import numpy as np
 
 import common
-from lib import cli
+from lib import cli, results
 from lib.candidates import CHINESE, SEPARATORS, find_separator, split_cell, split_keywords, stem
 from lib.casing import list_entries
 from lib.cli import InputError, bounded, log, positive_int
-from lib.ranker import build_corpus, entries, learn_and_rate, rank
-from lib.results import environment, locked, paper_record, write_csv, write_json
+from lib.files import locked, write_csv, write_json
+from lib.ranker import build_corpus, learn_and_rate, lookup, rank
 
 MOST = 30  # keywords a paper in the reader's list
 PARTITIONS = 5  # into folds, over which ratings are averaged
@@ -57,13 +57,13 @@ def score_keywords(picked, true):
     return {name: round(value, 6) for name, value in values.items()}
 
 
-def cased_recall(listed, true, most):
-    """Recall of the first `most` entries a paper, case-sensitive, mean over papers: what the board seems to count.
+def cased_recall(listed, true):
+    """Recall of lists of lists of entries, case-sensitive, mean over papers: what the board seems to count.
 
-    >>> cased_recall([["DNA", "rna"], ["Cell"]], [["RNA", "DNA"], ["Cell"]], 40)
+    >>> cased_recall([["DNA", "rna"], ["Cell"]], [["RNA", "DNA"], ["Cell"]])
     0.75
     """
-    shares = [len(set(a[:most]) & set(b)) / len(set(b)) for a, b in zip(listed, true)]
+    shares = [len(set(a) & set(b)) / len(set(b)) for a, b in zip(listed, true)]
     return round(float(np.mean(shares)), 6)
 
 
@@ -82,7 +82,7 @@ def best_threshold(corpus, rated, folds):
     """The rating that keywords must have for the best micro F1 out of fold."""
     paper, phrase, prob = (values[folds[rated[0]] >= 0] for values in rated)
     order = np.argsort(-prob, kind="stable")
-    hits = np.cumsum(entries(corpus.keywords, paper[order], phrase[order]) > 0)
+    hits = np.cumsum(lookup(corpus.keywords, paper[order], phrase[order]) > 0)
     f1 = 2 * hits / (np.arange(1, len(hits) + 1) + corpus.keywords.nnz)
     return round(float(prob[order][f1.argmax()]), 4)
 
@@ -100,6 +100,25 @@ def pick(corpus, rated, threshold, top=None):
             stems[paper].add(key)
             own.append(corpus.found.phrases[phrase])
     return picked
+
+
+def write_likeliest(keywords, entries):
+    """Keywords in their likeliest casing. entries: {as written: keyword}, the likeliest first.
+
+    >>> write_likeliest(["rna", "cell"], {"RNA": "rna", "rna": "rna", "cell": "cell"})
+    ['RNA', 'cell']
+    """
+    casing = {keyword: written for written, keyword in reversed(entries.items())}  # the likeliest one stays
+    return [casing[keyword] for keyword in keywords]
+
+
+def join_keywords(lists, titles, usual):
+    """The cells of column Keywords. A paper without keywords gets its title; `usual` if that is empty or in Chinese."""
+    cells = []
+    for keywords, title in zip(lists, titles):
+        fallback = usual if CHINESE.search(title) else title.replace(";", ",")
+        cells.append("; ".join(keywords) or fallback or usual)
+    return cells
 
 
 # ---- the whole -------------------------------------------------------------------------------------------------------
@@ -130,13 +149,11 @@ def read_both(args):
         raise InputError(f"{args.train}: column Keywords is empty in all {len(train)} rows; give papers with keywords")
     separator = find_separator(train["Keywords"])
     if separator is None:
-        log(f"warning: {args.train}: none of {' '.join(SEPARATORS)} separates the cells of column Keywords into short "
-            "phrases; separate keywords by ';'")  # fmt: skip
-    for path, papers in ((args.train, train), (args.test, test)):
-        chinese = sum(bool(CHINESE.search(title)) for title in papers["title"])
-        if chinese > 0.05 * len(papers):
-            log(f"warning: {chinese} titles of {path} are in Chinese or Japanese: task 2 is made for languages written "
-                "with blanks between words; these papers get keywords of similar papers only")  # fmt: skip
+        log(f"warning: {args.train}: none of {' '.join(SEPARATORS)} separates the keywords of column Keywords; use ';'")
+    chinese = sum(bool(CHINESE.search(title)) for title in test["title"])
+    if chinese > 0.05 * len(test):
+        log(f"warning: {chinese} titles of {args.test} are in Chinese or Japanese, without blanks between words: these "
+            "papers get keywords of similar papers only")  # fmt: skip
     return train, test, separator or ";"
 
 
@@ -160,37 +177,38 @@ def extract(args, folder):
     corpus = build_corpus(train, test, written)
     partitions = draw_partitions(labelled, copies, len(train) + len(test), args.folds, args.seed)
     rated = shortlist(learn_and_rate(corpus, partitions), max(args.entries, 40))
+    if not np.isin(rated[0], labelled).any():
+        raise InputError(f"{args.train}: the {len(labelled)} papers with Keywords have no text to learn from; fill "
+                         "their titles and abstracts")
     threshold = best_threshold(corpus, rated, partitions[0])
     picked = pick(corpus, rated, threshold, args.top)
-    listed = list_entries(corpus, rated, partitions[0], [*train["title"], *test["title"]])
+    entries = list_entries(corpus, rated, partitions[0], [*train["title"], *test["title"]])
+    listed = [[*entries[paper]] for paper in range(len(train) + len(test))]
+    board = [likeliest[: args.entries] for likeliest in listed]
+    reader = [write_likeliest(picked[paper], entries[paper]) for paper in range(len(listed))]
 
     values = score_keywords([picked[paper] for paper in labelled], [[*written[paper]] for paper in labelled])
-    cased = [split_cell(train["Keywords"][paper], separator) for paper in labelled]
-    for most in (10, 20, 40):
-        values[f"cased_recall_at_{most}"] = cased_recall([[*listed[paper]] for paper in labelled], cased, most)
-
-    common_one = corpus.found.phrases[corpus.keywords.sum(axis=0).argmax()]
-    reader, board = [], []
-    for paper, title in enumerate(test["title"], len(train)):
-        fallback = common_one if CHINESE.search(title) else title.replace(";", ",") or common_one
-        casing = {keyword: written for written, keyword in reversed(listed[paper].items())}  # the likeliest one stays
-        reader.append("; ".join([casing[keyword] for keyword in picked[paper]]) or fallback)
-        board.append("; ".join([*listed[paper]][: args.entries]) or fallback)
+    true = [split_cell(train["Keywords"][paper], separator) for paper in labelled]
+    cased = {f"cased_recall_at_{most}": [likeliest[:most] for likeliest in listed] for most in (10, 20, 40)}
+    cased |= {"board_recall": board, "reader_recall": reader}
+    for name, lists in cased.items():
+        values[name] = cased_recall([lists[paper] for paper in labelled], true)
     seconds = time.perf_counter() - started
     settings = {name: getattr(args, name) for name in ("top", "entries", "folds", "seed")}
     metrics = {
         "scores": values,
-        "papers": paper_record(train, test, len(labelled)),
+        "papers": results.paper_record(train, test, len(labelled)),
         "fields": ["title", "abstract"],
         "settings": settings | {"threshold": threshold, "separator": separator},
         "seconds": round(seconds, 2),
-        "papers_per_second": round((len(train) + len(test)) / seconds, 1),
-        **environment(),
+        **results.environment(),
     }
-    for path, cells in ((folder / "board.csv", board), (folder / "test.csv", reader), (args.submit, reader)):
+    usual = corpus.found.phrases[corpus.keywords.sum(axis=0).argmax()]
+    for path, lists in ((folder / "board.csv", board), (folder / "test.csv", reader), (args.submit, reader)):
+        cells = join_keywords(lists[len(train) :], test["title"], usual)
         write_csv(path, {"uuid": test["uuid"].tolist(), "Keywords": cells})
     write_json(folder / "metrics.json", metrics)
-    log(f"wrote {args.submit}: {len(test)} papers, {sum(c.count(';') + 1 for c in reader)} keywords")
+    log(f"wrote {args.submit}: {len(test)} papers, {sum(map(len, reader[len(train) :]))} keywords")
     print("  ".join(f"{name} {value:.4f}" for name, value in values.items()))
     print(f"{len(labelled)} papers out of fold, {' '.join(metrics['fields'])}; threshold {threshold}, {seconds:.1f} s")
 

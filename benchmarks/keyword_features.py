@@ -33,7 +33,7 @@ def score(train, seed):
     true = [[*own] for own in written[0] + written[1]]
     fold, never = ([[picked[i] for i in part], [true[i] for i in part]] for part in (labelled, range(count, len(true))))
     likely = keywords.pick(corpus, rated, 0, 40)
-    recall = keywords.cased_recall([likely[i] for i in range(count, len(true))], never[1], 40)
+    recall = keywords.cased_recall([likely[i] for i in range(count, len(true))], never[1])
     return keywords.score_keywords(*fold)["f1"], keywords.score_keywords(*never)["f1"], recall
 
 

@@ -7,11 +7,9 @@
 To add a feature, add a line to describe(). benchmarks/keyword_features.py says what it is worth.
 """
 
-import ast
 import re
 from array import array
 from collections import defaultdict
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
@@ -26,10 +24,8 @@ TERMS = (  # words that scikit-learn takes for stop words, but that occur at the
     "system fire mine mill bill cry thick thin interest amount half part side back front top bottom full name con de co"
 )
 STOP = (ENGLISH_STOP_WORDS - set(TERMS.split())) | {"e.g", "i.e", "using", "based", "used", "use"}
-SEPARATORS = {  # by name, the likeliest first; no comma between digits parts keywords ("1,2-dichloroethane")
-    ";": "[;；]", "line break": "\n", ", ": "[,，] ", ",": r"[,，](?!\d)|(?<!\d)[,，]", "、": "、", "|": r"\|",
-    " / ": " / ", "/": "/", "·": "·",
-}  # fmt: skip
+# By name, the likeliest first; no comma between digits separates keywords ("1,2-dichloroethane").
+SEPARATORS = {";": "[;；\n]", ", ": "[,，] ", ",": r"[,，](?!\d)|(?<!\d)[,，]", "|": r"\|", "、": "、"}
 
 
 # ---- keywords --------------------------------------------------------------------------------------------------------
@@ -41,16 +37,11 @@ def normalise(keyword):
 
 
 def split_cell(cell, separator=";"):
-    """The keywords of a cell as written: "Deep learning; CNN." -> ["Deep learning", "CNN"]. A cell may also be a Python
-    or JSON list. Where the separator does not occur, a comma and a blank separate keywords.
+    """The keywords of a cell as written: "Deep learning; CNN." -> ["Deep learning", "CNN"]. In a cell without the
+    separator a comma and a blank separate keywords.
     """
-    parts = None
-    if cell.startswith("[") and cell.endswith("]"):
-        with suppress(ValueError, SyntaxError, MemoryError, RecursionError):
-            parts = [str(part) for part in ast.literal_eval(cell)]
-    if parts is None:
-        pattern = SEPARATORS[separator]
-        parts = re.split(pattern if re.search(pattern, cell) else ", ", cell)
+    pattern = SEPARATORS[separator]
+    parts = re.split(pattern if re.search(pattern, cell) else ", ", cell)
     return [part.strip().rstrip(". ") for part in parts if normalise(part)]
 
 
@@ -63,18 +54,15 @@ def split_keywords(cell, separator=";"):
 
 
 def find_separator(cells):
-    """What separates the keywords of a column: the one that cuts most cells into phrases of 1 to 5 words. Returns a key
-    of SEPARATORS, None if none of them cuts one cell in ten.
+    """What separates the keywords of a column: the first key of SEPARATORS that cuts most cells; None if none cuts one
+    cell in ten.
     """
-    cells = [cell for cell in cells if cell]
-    fitting = dict.fromkeys(SEPARATORS, 0)
-    for name in SEPARATORS:
-        for cell in cells:
-            parts = split_cell(cell, name) if re.search(SEPARATORS[name], cell) or cell.startswith("[") else [cell]
-            words = sum(len(part.split()) for part in parts)
-            fitting[name] += len(parts) > 1 and words <= LONGEST * len(parts)
-    best = max(SEPARATORS, key=fitting.get)
-    return best if fitting[best] > 0.1 * len(cells) else None
+    cells = [cell.strip(";；,，|、. \n") for cell in cells if cell]
+    cuts = {}
+    for name, pattern in SEPARATORS.items():
+        cuts[name] = sum(bool(re.search(pattern, cell)) for cell in cells)
+    best = max(cuts, key=cuts.get)
+    return best if cuts[best] > 0.1 * len(cells) else None
 
 
 @cache

@@ -16,7 +16,7 @@ import numpy as np
 from sklearn.ensemble import HistGradientBoostingClassifier
 
 from lib.candidates import STOP
-from lib.ranker import cross_fit, entries, weigh_neighbours
+from lib.ranker import cross_fit, lookup, weigh_neighbours
 
 TREES = {"max_iter": 80, "learning_rate": 0.08, "max_leaf_nodes": 15, "min_samples_leaf": 30}
 
@@ -94,17 +94,18 @@ def describe_entries(corpus, rated, folds, titles):
     title_capitals = [capital_share([w for w in title.split()[1:] if w.lower() not in STOP]) for title in titles]
     capitals = np.array([capital_share(keywords.values()) for keywords in corpus.written])
     neighbours_capitals = weigh_neighbours(corpus.tfidf, folds) @ capitals
-    of, ways, features, hit = [], [], array("f"), []
+    candidates, written, features, correct = [], [], array("f"), []
     for i, (paper, phrase) in enumerate(zip(*rated[:2])):
         keyword, in_text = corpus.found.phrases[phrase], in_texts.get((paper, phrase))
         elsewhere = counts.get((None, keyword), Counter()) - counts.get((folds[paper], keyword), Counter())
-        for written in casings(keyword, in_text, elsewhere):
-            of.append(i)
-            ways.append(written)
-            features.extend(describe(written, keyword, in_text, elsewhere))
+        for casing in casings(keyword, in_text, elsewhere):
+            candidates.append(i)
+            written.append(casing)
+            features.extend(describe(casing, keyword, in_text, elsewhere))
             features.extend((title_capitals[paper], neighbours_capitals[paper]))
-            hit.append(corpus.written[paper].get(keyword) == written)
-    return np.array(of), ways, np.array(features, np.float32).reshape(len(of), -1), np.array(hit)
+            correct.append(corpus.written[paper].get(keyword) == casing)
+    features = np.array(features, np.float32).reshape(len(candidates), -1)
+    return np.array(candidates), written, features, np.array(correct)
 
 
 def list_entries(corpus, rated, folds, titles):
@@ -112,24 +113,24 @@ def list_entries(corpus, rated, folds, titles):
     P(keyword)), arrays; folds: int array [papers], the fold of a paper to learn from, -1 for any other; titles: of all
     papers.
     """
-    of, ways, x, hit = describe_entries(corpus, rated, folds, titles)
-    paper, phrase, prob = (values[of] for values in rated)
-    is_keyword = entries(corpus.keywords, paper, phrase) > 0
-    prob = prob * rate_casings(x, hit, is_keyword, folds[paper])
+    candidate, written, x, correct = describe_entries(corpus, rated, folds, titles)
+    paper, phrase, prob = (values[candidate] for values in rated)
+    is_keyword = lookup(corpus.keywords, paper, phrase) > 0
+    prob = prob * rate_casings(x, correct, is_keyword, folds[paper])
     lists = defaultdict(dict)
     for i in np.lexsort((-prob, paper)):  # ties keep the order of rated
-        lists[paper[i]].setdefault(ways[i], corpus.found.phrases[phrase[i]])
+        lists[paper[i]].setdefault(written[i], corpus.found.phrases[phrase[i]])
     return lists
 
 
-def rate_casings(x, hit, keyword, fold):
+def rate_casings(x, correct, is_keyword, fold):
     """P(casing | keyword) of each entry, learned from those of other folds that are keywords: float array [entries]."""
 
     def rate(number, learn, asked):
-        learn = learn & keyword
-        if not 0 < hit[learn].sum() < learn.sum():
+        learn = learn & is_keyword
+        if not 0 < correct[learn].sum() < learn.sum():
             return np.ones(len(asked))  # nothing to learn from: the first one of casings()
         trees = HistGradientBoostingClassifier(**TREES, early_stopping=False, random_state=number)
-        return trees.fit(x[learn], hit[learn]).predict_proba(x[asked])[:, 1]
+        return trees.fit(x[learn], correct[learn]).predict_proba(x[asked])[:, 1]
 
     return cross_fit(fold, rate)

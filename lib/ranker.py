@@ -57,13 +57,13 @@ def build_corpus(train, test, written):
         found=found,
         train=len(train),
         written=[*written, *({} for _ in range(len(test)))],
-        stems=number([stem(phrase) for phrase in numbers]),
+        stems=ids_of([stem(phrase) for phrase in numbers]),
         keywords=sparse.csr_matrix((np.ones(len(known)), places), shape=(len(titles), len(numbers))),
         tfidf=weigh_words([f"{title}\n{abstract}" for title, abstract in zip(titles, abstracts)], len(train)),
     )
 
 
-def number(items):
+def ids_of(items):
     """["b", "a", "b"] -> array [0, 1, 0]: each item's number by first appearance."""
     return pd.factorize(np.array(items, dtype=object))[0]
 
@@ -77,12 +77,12 @@ def weigh_words(texts, train):
 # ---- what keywords of other folds teach ------------------------------------------------------------------------------
 
 
-def entries(matrix, rows, columns):
+def lookup(matrix, rows, columns):
     """The entries of a sparse matrix at these places; scipy itself takes no empty index."""
     return np.asarray(matrix[rows, columns]).ravel() if len(rows) else np.zeros(0)
 
 
-def of_others(keys, size, values, folds):
+def sums_without_own_fold(keys, size, values, folds):
     """Sums of values by key (0 to size - 1) over the rows of other folds: array [folds + 1, keys]. Rows of no fold (-1)
     count for none; the last line, which index -1 finds, is of all folds.
     """
@@ -97,7 +97,7 @@ def rates(keys, hits, folds, strength):
     """How often a row with this key is a hit, among the rows of other folds. keys: int array [rows]; hits: 0/1; folds:
     int, -1: learn nothing from this row. `strength` weighs, in rows, the rate of all keys.
     """
-    right, rows = (of_others(keys, keys.max(initial=0) + 1, values, folds) for values in (hits, 1))
+    right, rows = (sums_without_own_fold(keys, keys.max(initial=0) + 1, values, folds) for values in (hits, 1))
     usual = (right.sum(axis=1) / np.maximum(rows.sum(axis=1), 1))[folds]
     return (right[folds, keys] + strength * usual) / (rows[folds, keys] + strength)
 
@@ -135,15 +135,15 @@ class View:
     near: np.ndarray  # [candidates]: the weighted share of similar papers, of other folds, that have it
 
 
-def look(corpus, folds):
+def make_view(corpus, folds):
     """The View of the candidates by these folds."""
     found, (owner, keyword) = corpus.found, corpus.keywords.nonzero()
-    known = of_others(keyword, len(found.phrases), 1, folds[owner])
+    known = sums_without_own_fold(keyword, len(found.phrases), 1, folds[owner])
     near = (weigh_neighbours(corpus.tfidf, folds) @ corpus.keywords).tocsr()
     more_paper, more_phrase = propose(found, folds, near.tocoo(), known)
     paper, phrase = np.append(found.paper, more_paper), np.append(found.phrase, more_phrase)
-    hit = entries(corpus.keywords, paper, phrase) > 0
-    return View(corpus, folds, paper, phrase, hit, known[folds[paper], phrase], entries(near, paper, phrase))
+    hit = lookup(corpus.keywords, paper, phrase) > 0
+    return View(corpus, folds, paper, phrase, hit, known[folds[paper], phrase], lookup(near, paper, phrase))
 
 
 def propose(found, folds, near, known):
@@ -171,7 +171,7 @@ def phrase_rates(view):
     """How often a phrase in a text is a keyword, and any phrase with such words at its ends or beside it."""
     found = view.corpus.found
     folds, hits = view.folds[found.paper], view.hit[: len(found.paper)].astype(float)
-    endings = number([word[-4:] for word in found.words])
+    endings = ids_of([word[-4:] for word in found.words])
     features = {}
     for name, keys, strength in (
         ("phrase", view.corpus.stems[found.phrase], 3),
@@ -249,7 +249,7 @@ def cross_fit(fold, rate):
 
 def rate_once(corpus, folds, seed):
     """learn_and_rate over one partition; the fold's number is added to the seed of its trees."""
-    view = look(corpus, folds)
+    view = make_view(corpus, folds)
     features = make_features(view)
     x = np.column_stack([*features.values()])
 

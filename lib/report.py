@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import binomtest
 
-from lib import plots, results
+from lib import files, plots, results
 from lib.cli import few, log
 
 
@@ -238,6 +238,6 @@ def write(folder, found):
         details=details,
     )
     path = folder / "report.html"
-    with results.atomic_write(path) as part:
+    with files.atomic_write(path) as part:
         part.write_text(page + "\n", encoding="utf-8", newline="\n")
     log(f"wrote {path}")

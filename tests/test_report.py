@@ -9,7 +9,8 @@ from conftest import KIT, SAMPLE
 
 import common
 from lib import plots, report
-from lib.results import paper_record, save_results, scores, write_json
+from lib.files import write_json
+from lib.results import paper_record, save_results, scores
 
 HOSTILE = "<script>alert(1)</script> | `x` $y^2$ [a](http://b) \"q\" & 'r' 论文 <b"
 LOG = "epoch,train_loss,accuracy,f1,auc,log_loss\n1,0.7,0.5,0.4,,0.7\n2,0.4,0.9,0.9,0.95,0.3\n"
