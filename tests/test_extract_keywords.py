@@ -8,7 +8,7 @@ from conftest import SAMPLE
 
 import common
 import extract_keywords as keywords
-from lib import candidates, casing, ranker, results
+from lib import candidates, casing, files, ranker, results
 
 HEADER = ["uuid", "title", "abstract", "Keywords"]
 
