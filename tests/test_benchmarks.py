@@ -6,12 +6,10 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-import torch
 from conftest import KIT, SAMPLE
 
 sys.path.append(str(KIT / "benchmarks"))
 
-import memory  # noqa: E402
 import peers  # noqa: E402
 import run  # noqa: E402
 
@@ -125,20 +123,3 @@ def test_a_group_runs_on_a_handful_of_papers(tmp_path, name):
     text = Path(tmp_path / "b.md").read_text()
     for row in run.GROUPS[name].rows:
         assert f"| {row.name} |" in text or f"{row.name}: not installed" in text
-
-
-def test_the_peak_is_that_of_what_is_alive_at_a_time():
-    with memory.Count() as count:
-        first = torch.zeros(1000)
-        del first
-        second = torch.zeros(500).view(5, 100)
-        third = second + 1
-    assert count.peak == 4000 and count.now == 4000 and third.shape == (5, 100)
-    assert count.calls == 3, "a view computes nothing"
-
-
-@pytest.mark.slow
-def test_memory_of_the_smallest_model():
-    """As counted before, by another program: 1.5 GiB to train on 4 papers."""
-    assert memory.alone(memory.train, "Qwen3-0.6B", 4, True)[0] == pytest.approx(1.5, rel=0.1)
-    assert memory.alone(memory.train, "Qwen3-0.6B", 4, True, True)[0] < 1.2, "in 4 bits"
