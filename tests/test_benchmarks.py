@@ -1,4 +1,3 @@
-import importlib
 import subprocess
 import sys
 from argparse import Namespace
@@ -13,23 +12,10 @@ sys.path.append(str(KIT / "benchmarks"))
 import peers  # noqa: E402
 import run  # noqa: E402
 
-ROWS = [(name, row) for name, group in run.GROUPS.items() for row in group.rows]
-
 
 def start(doc, *flags):
     command = [sys.executable, KIT / "benchmarks" / "run.py", "--data", SAMPLE, "--rounds", "1", "--doc", doc, *flags]
     return subprocess.run(list(map(str, command)), capture_output=True, text=True)
-
-
-@pytest.mark.parametrize("name, row", ROWS, ids=[f"{name}: {row.name}" for name, row in ROWS])
-def test_every_command_has_flags_that_its_script_knows(monkeypatch, tmp_path, name, row):
-    for command in row.commands:
-        script, *flags = command.split()
-        if not flags:
-            continue
-        given = [flags[0], tmp_path, *flags[1:]] if script == "peers.py" else flags
-        monkeypatch.setattr(sys, "argv", [script, *map(str, given)])
-        importlib.import_module(script.removesuffix(".py")).parse_args()
 
 
 def test_papers_asked_for_are_not_learned_from():
