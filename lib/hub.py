@@ -72,7 +72,7 @@ def explain_hub(error):
     if isinstance(error, errors.OfflineModeIsEnabled):
         remedy = "unset HF_HUB_OFFLINE"
     elif isinstance(error, errors.RepositoryNotFoundError) or status in (401, 403):  # gated ones are of this class, too
-        remedy = "check the name; if it is private or gated, accept its terms on the hub and set a valid HF_TOKEN"
+        remedy = "check the name; accept a gated model's terms on the hub and set HF_TOKEN; unset an expired HF_TOKEN"
     elif status is None and getproxies().keys() - {"no"}:
         remedy = "fix or unset the proxy (a SOCKS proxy needs: pip install socksio), try again later"
     return f"({type(error).__name__}: {first_line(error)}): {remedy}"

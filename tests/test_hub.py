@@ -159,8 +159,8 @@ def failing_hub():
     ("name", "env", "words"),
     [
         ("kit/missing404", {}, ["404", "check the name"]),
-        ("kit/gated403", {}, ["403", "accept its terms"]),
-        ("kit/expired401", {"HF_TOKEN": "hf_expired"}, ["401", "a valid HF_TOKEN"]),
+        ("kit/gated403", {}, ["403", "model's terms"]),
+        ("kit/expired401", {"HF_TOKEN": "hf_expired"}, ["401", "unset an expired HF_TOKEN"]),
         ("kit/status429", {}, ["429", "try again later"]),
         ("kit/any", {"HF_ENDPOINT": "http://127.0.0.1:9"}, ["refused", "try again later"]),
         ("kit/any", {"HF_HUB_OFFLINE": "1"}, ["unset HF_HUB_OFFLINE"]),
