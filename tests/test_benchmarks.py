@@ -108,4 +108,4 @@ def test_a_group_runs_on_a_handful_of_papers(tmp_path, name):
     assert done.returncode == 0, done.stderr
     text = Path(tmp_path / "b.md").read_text()
     for row in run.GROUPS[name].rows:
-        assert f"| {row.name} |" in text or f"{row.name}: not installed" in text
+        assert f"| {row.name} |" in text or f"{row.name}: ModuleNotFoundError: No module named" in text
