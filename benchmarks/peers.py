@@ -1,10 +1,10 @@
 """What one would run instead of the kit: the tutorial's recipes and the usual libraries. benchmarks/run.py calls it.
 
-    python benchmarks/peers.py NAME FOLDER [--seed 1] [--epochs 1] [--max-length 512] [--lr X]
+    python benchmarks/peers.py NAME FOLDER [--seed 1] [--max-length 512] [--lr X]
 
 In: FOLDER/train.csv and FOLDER/test.csv, and for the training time FOLDER/labels.csv (uuid, label of some test papers).
-Out: FOLDER/outputs/NAME/, test.csv and metrics.json as the kit's own scripts write them. On the CPU, in fp32; loading a
-model and tokenising are not timed.
+Out: FOLDER/outputs/NAME/, test.csv and metrics.json as the kit's own scripts write them. One epoch, on the CPU,
+in fp32; loading a model and tokenising are not timed.
 """
 
 import argparse
@@ -111,8 +111,8 @@ def load_bert(seed):
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     torch.manual_seed(seed)
-    return AutoModelForSequenceClassification.from_pretrained(minilm(), num_labels=2), AutoTokenizer.from_pretrained(
-        minilm())  # fmt: skip
+    model = AutoModelForSequenceClassification.from_pretrained(minilm(), num_labels=2)
+    return model, AutoTokenizer.from_pretrained(minilm())
 
 
 def tutorial_bert(train, test, fields, args):
@@ -141,16 +141,13 @@ def tutorial_bert(train, test, fields, args):
     loader = DataLoader(data, batch_size=16, shuffle=True)
     model.train()
     clock = Clock(args, len(loader), predict)
-    for _ in range(args.epochs):
-        for ids, mask, labels in loader:
-            model(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            if clock.tick():
-                break
-        if clock.reached:
+    for ids, mask, labels in loader:
+        model(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if clock.tick():
             break
-    metrics = clock.metrics(min(clock.step * 16, args.epochs * len(train)))
+    metrics = clock.metrics(min(clock.step * 16, len(train)))
     probs, seconds = timed(predict)
     return probs, {**metrics, "predict_papers_per_second": len(test) / seconds}
 
@@ -172,13 +169,13 @@ def run_trainer(model, data, asked, args, batch, lr, tokenizer=None):
         return torch.tensor(logits).softmax(-1)[:, 1].numpy()
 
     with tempfile.TemporaryDirectory() as folder:
-        setup = TrainingArguments(folder, num_train_epochs=args.epochs, per_device_train_batch_size=batch,
+        setup = TrainingArguments(folder, num_train_epochs=1, per_device_train_batch_size=batch,
                                   per_device_eval_batch_size=batch, learning_rate=lr, seed=args.seed, report_to=[],
                                   save_strategy="no", use_cpu=True, disable_tqdm=True)  # fmt: skip
         trainer = Trainer(model, setup, train_dataset=data, processing_class=tokenizer, callbacks=[Watch()])
         clock = Clock(args, -(-len(data) // batch), predict)
         trainer.train()
-        metrics = clock.metrics(min(clock.step * batch, args.epochs * len(data)))
+        metrics = clock.metrics(min(clock.step * batch, len(data)))
         if asked is None:
             return None, metrics
         probs, seconds = timed(predict)
@@ -226,7 +223,7 @@ def chat_lora(train, test, fields, args):
         fill = args.max_length - len(ids)
         data.append({"input_ids": ids + [tokenizer.pad_token_id] * fill, "labels": ids + [-100] * fill,
                      "attention_mask": [1] * len(ids) + [0] * fill})  # fmt: skip
-    _, metrics = run_trainer(model, data, None, args, args.batch_size, args.lr or 1e-3)
+    _, metrics = run_trainer(model, data, None, args, 8, 1e-3)
 
     def ask(item):
         ids = torch.tensor([prompt(item)])
@@ -286,9 +283,7 @@ def parse_args():
     parser.add_argument("name", choices=PEERS)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--max-length", type=int, default=512)
-    parser.add_argument("--batch-size", type=int, default=8, help="of the LLM")
     parser.add_argument("--lr", type=float)
     return parser.parse_args()
 
@@ -303,7 +298,7 @@ def main():
         args.labels = known.reindex(test["uuid"], fill_value=-1).to_numpy()
     found, metrics = PEERS[args.name](train, test, fields, args)
     out = args.folder / "outputs" / args.name
-    metrics |= {"epochs_run": [args.epochs], **results.environment()}
+    metrics |= {"epochs_run": [1], **results.environment()}
     if PEERS[args.name] in CLASSIFIERS:
         results.save_results(out, metrics, test, found)
     else:

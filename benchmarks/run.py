@@ -4,9 +4,9 @@
     python benchmarks/run.py --data ~/papers --only words keywords     these groups; the tables of the others stay
     python benchmarks/run.py --data ~/papers --only words --limit 100  quick, with few papers
 
-The peers are installed by benchmarks/requirements.txt; one that isn't installed is left out with a line. Each row runs
-as a user runs it, in processes of its own on the CPU. Rows take turns within a round, so that a slow minute hits all of
-them. Another round has another seed: of the papers that are held out, of new weights, of the order.
+The peers are installed by benchmarks/requirements.txt; of one that isn't, a line says so. Each row runs as a user runs
+it, in processes of its own on the CPU. Rows take turns within a round, so that a slow minute hits all of them. Another
+round has another seed: of the papers that are held out, of new weights, of the order.
 
 In each round a fifth of train.csv is held out. Rows learn from the rest and are asked for the test papers (labels:
 test_labels.csv, where there is one) and the held-out ones.
@@ -19,10 +19,11 @@ import subprocess
 import sys
 import tempfile
 import time
+import timeit
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -32,11 +33,12 @@ HERE = Path(__file__).resolve().parent
 KIT = HERE.parent
 sys.path.insert(0, str(KIT))
 
+from peers import GOAL  # noqa: E402
+
 import common  # noqa: E402
 from lib import cli, results  # noqa: E402
 from lib.cli import InputError, log, positive_int  # noqa: E402
 
-GOAL = 0.99  # accuracy on the test papers, the time to which is measured
 PACKAGES = ("scikit-learn", "torch", "transformers", "peft", "fasttext-numpy2", "keybert", "yake")
 COLUMNS = {  # of a table: its head, and how a value is shown
     "test_accuracy": ("test accuracy", "{:.3f}"),
@@ -55,6 +57,7 @@ COLUMNS = {  # of a table: its head, and how a value is shown
 LOW = ("seconds", "memory")  # columns where less is better
 UNRANKED = ("minutes_to_goal", "train_ratio", "predict_ratio")  # columns where nothing is bold
 SCORES = ("test_accuracy", "held_out_accuracy", "held_out_f1", "seconds", "memory")
+LEARNING = ("test_accuracy", "held_out_accuracy", "minutes_to_goal", "train_speed", "predict_speed", "memory")
 SPEED = ("train_speed", "train_ratio", "predict_speed", "predict_ratio", "memory")
 
 
@@ -64,9 +67,7 @@ SPEED = ("train_speed", "train_ratio", "predict_speed", "predict_ratio", "memory
 @dataclass
 class Row:
     name: str  # in the table
-    commands: list  # of str, run one after the other; the last one leaves the predictions
-    output: str  # the folder under outputs/ that it leaves
-    needs: str = "numpy"  # a module that must be installed
+    commands: str  # scripts with their flags, joined by &&; the last one leaves the predictions
     meaning: str = ""  # what an ablation shows, told under its table
 
 
@@ -82,17 +83,8 @@ class Group:
     keywords: bool = False  # scored by keywords, on held-out papers alone
 
 
-def kit(name, flags, output, meaning=""):
-    """A row of one of the kit's scripts: kit('baseline.py', 'baseline.py --ngrams 1', 'baseline')."""
-    return Row(name, [flags], output, meaning=meaning)
-
-
-def peer(name, flags, needs="numpy"):
-    """A row of benchmarks/peers.py: peer('the title', 'title')."""
-    return Row(name, [f"peers.py {flags}"], flags.split()[0], needs)
-
-
 BERT = "bert_finetune.py --model embedded --precision fp32"
+FEW = f"{BERT} --epochs 1 --max-length 128"
 LORA = "--model embedded --precision fp32 --epochs 1 --max-length 512 --batch-size 8 --no-short-copies"
 FREE = "baseline.py --fields title abstract"
 GROUPS = {
@@ -101,105 +93,92 @@ GROUPS = {
         "The kit's time includes five folds, each with and without the authors. fastText sees the authors as words; "
         "the kit counts their characters.",
         SCORES,
-        [
-            kit("**baseline.py**", "baseline.py", "baseline"),
-            peer("the tutorial's recipe: (1,10)-grams, logistic regression", "tutorial_words"),
-            peer("fastText, supervised", "fasttext", "fasttext"),
+        rows=[
+            Row("**baseline.py**", "baseline.py"),
+            Row("the tutorial's recipe: (1,10)-grams, logistic regression", "peers.py tutorial_words"),
+            Row("fastText, supervised", "peers.py fasttext"),
         ],
     ),
     "bert": Group(
         "BERT: time to learn",
         "MiniLM, 192 tokens, the kit's default. The others are looked at four times an epoch, which is not counted.",
-        ("test_accuracy", "held_out_accuracy", "minutes_to_goal", "train_speed", "predict_speed", "memory"),
-        [
-            kit("**bert_finetune.py**", BERT, "bert"),
-            peer("the tutorial's loop, learning rate 3e-5", "tutorial_bert --max-length 192"),
-            peer("transformers' Trainer, its 5e-5", "trainer_bert --max-length 192"),
-            peer("transformers' Trainer, the kit's 3e-4", "trainer_bert --max-length 192 --lr 3e-4"),
+        LEARNING, ask=300, goal=True,
+        rows=[
+            Row("**bert_finetune.py**", BERT),
+            Row("the tutorial's loop, learning rate 3e-5", "peers.py tutorial_bert --max-length 192"),
+            Row("transformers' Trainer, its 5e-5", "peers.py trainer_bert --max-length 192"),
+            Row("transformers' Trainer, the kit's 3e-4", "peers.py trainer_bert --max-length 192 --lr 3e-4"),
         ],
-        ask=300,
-        goal=True,
     ),
     "bert-speed": Group(
         "BERT: speed, like for like",
         "MiniLM, 512 tokens, batch 16, one epoch, each paper once. Loading and tokenizing aren't counted.",
-        SPEED,
-        [
-            kit("**bert_finetune.py**", f"{BERT} --epochs 1 --max-length 512 --no-short-copies", "bert"),
-            peer("the tutorial's loop", "tutorial_bert"),
-            peer("transformers' Trainer", "trainer_bert"),
+        SPEED, learn=48, ask=96,
+        rows=[
+            Row("**bert_finetune.py**", f"{BERT} --epochs 1 --max-length 512 --no-short-copies"),
+            Row("the tutorial's loop", "peers.py tutorial_bert"),
+            Row("transformers' Trainer", "peers.py trainer_bert"),
         ],
-        learn=48,
-        ask=96,
     ),
     "lora": Group(
         "LLM: speed, like for like",
         "SmolLM2-135M, 512 tokens, one epoch of few papers, too few to learn from; trained in batches of 8.",
-        SPEED,
-        [
-            Row(
-                "**lora_finetune.py, lora_predict.py**",
-                ["make_llm_data.py", f"lora_finetune.py {LORA}", "lora_predict.py --precision fp32"],
-                "lora",
-            ),
-            peer("peft + transformers' Trainer, then a chat about one paper at a time", "chat_lora"),
+        SPEED, learn=24, ask=12,
+        rows=[
+            Row("**lora_finetune.py, lora_predict.py**",
+                f"make_llm_data.py && lora_finetune.py {LORA} && lora_predict.py --precision fp32"),
+            Row("peft + transformers' Trainer, then a chat about one paper at a time", "peers.py chat_lora"),
         ],
-        learn=24,
-        ask=12,
     ),
     "keywords": Group(
         "Keywords",
         "The kit's row is the reader's list; KeyBERT, YAKE and TF-IDF give ten keywords a paper. The kit's time "
         "includes learning from all other papers. F1 is micro, exact match in any case; recall is the mean over "
         "papers, case-sensitive.",
-        ("keyword_f1", "keyword_recall", "seconds", "memory"),
-        [
-            kit("**extract_keywords.py**", "extract_keywords.py --submit k.csv", "keywords"),
-            peer("KeyBERT on MiniLM", "keybert", "keybert"),
-            peer("YAKE", "yake", "yake"),
-            peer("TF-IDF of (1,3)-grams", "tfidf"),
-            peer("the title", "title"),
+        ("keyword_f1", "keyword_recall", "seconds", "memory"), ask=100, keywords=True,
+        rows=[
+            Row("**extract_keywords.py**", "extract_keywords.py --submit k.csv"),
+            Row("KeyBERT on MiniLM", "peers.py keybert"),
+            Row("YAKE", "peers.py yake"),
+            Row("TF-IDF of (1,3)-grams", "peers.py tfidf"),
+            Row("the title", "peers.py title"),
         ],
-        ask=100,
-        keywords=True,
     ),
     "ablation-words": Group(
         "What the parts of baseline.py are worth",
         "One change at a time.",
         SCORES,
-        [
-            kit("as it is", "baseline.py", "baseline", "the author field gives the label away"),
-            kit("author alone", "baseline.py --fields author", "baseline", "how authors are written is all it takes"),
-            kit("title + abstract", FREE, "baseline", "words know topics, and the test papers are about other ones"),
-            kit("… counts in place of TF-IDF", f"{FREE} --features bow", "baseline",
+        rows=[
+            Row("as it is", "baseline.py", "the author field gives the label away"),
+            Row("author alone", "baseline.py --fields author", "how authors are written is all it takes"),
+            Row("title + abstract", FREE, "words know topics, and the test papers are about other ones"),
+            Row("… counts in place of TF-IDF", f"{FREE} --features bow",
                 "as good on papers of the same topics, and worse on others"),
-            kit("… single words", f"{FREE} --ngrams 1", "baseline", "pairs of words add little"),
-            kit("… naive Bayes", f"{FREE} --model nb", "baseline",
-                "four times the errors held out, fewer on other topics"),
-            kit("… linear SVM", f"{FREE} --model svm", "baseline", "within the spread of logistic regression"),
-            kit("… random forest", f"{FREE} --model rf", "baseline",
-                "three times the errors held out, fewer on other topics"),
+            Row("… single words", f"{FREE} --ngrams 1", "pairs of words add little"),
+            Row("… naive Bayes", f"{FREE} --model nb", "four times the errors held out, fewer on other topics"),
+            Row("… linear SVM", f"{FREE} --model svm", "within the spread of logistic regression"),
+            Row("… random forest", f"{FREE} --model rf", "three times the errors held out, fewer on other topics"),
         ],
     ),
     "ablation-bert": Group(
         "What the parts of bert_finetune.py are worth",
         "MiniLM, one epoch of few papers, one change at a time. A row matters if it differs by more than the spread.",
-        SCORES,
-        [
-            kit("as it is, 128 tokens", f"{BERT} --epochs 1 --max-length 128", "bert", "the row to compare with"),
-            kit("without the short copies", f"{BERT} --epochs 1 --max-length 128 --no-short-copies", "bert",
-                "faster; with so few papers within the spread"),
-            kit("title + abstract", f"{BERT} --epochs 1 --max-length 128 --fields title abstract", "bert",
+        SCORES, learn=200, ask=100,
+        rows=[
+            Row("as it is, 128 tokens", FEW, "the row to compare with"),
+            Row("without the short copies", f"{FEW} --no-short-copies", "faster; with so few papers within the spread"),
+            Row("title + abstract", f"{FEW} --fields title abstract",
                 "what the text alone tells: little of other topics"),
-            kit("256 tokens", f"{BERT} --epochs 1 --max-length 256", "bert",
+            Row("256 tokens", f"{BERT} --epochs 1 --max-length 256",
                 "more of the abstract; within the spread, for two thirds more time"),
-            kit("batches of 8", f"{BERT} --epochs 1 --max-length 128 --batch-size 8", "bert",
-                "twice the steps; within the spread"),
+            Row("batches of 8", f"{FEW} --batch-size 8", "twice the steps; within the spread"),
         ],
-        learn=200,
-        ask=100,
     ),
 }  # fmt: skip
+# The folder under outputs/ to which a script writes; a peer's has its name.
+OUTPUTS = {"baseline.py": "baseline", "bert_finetune.py": "bert", "lora_predict.py": "lora"}
+OUTPUTS["extract_keywords.py"] = "keywords"
+LACKS = {"make_llm_data.py": "--seed", "lora_finetune.py": "--test", "lora_predict.py": "--seed"}  # of what all get
 
 
 # ---- papers of a round -----------------------------------------------------------------------------------------------
@@ -238,28 +217,29 @@ def write_papers(folder, group, learn, asked, fields):
 
 
 def run_row(row, folder, seed):
-    """Run the commands of a row. Returns seconds in all. Raises InputError with the last line of one that failed."""
+    """Run the commands of a row. Returns (the folder with the predictions, seconds in all). Raises InputError with the
+    last line of one that failed.
+    """
     env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     started = time.perf_counter()
-    for command in row.commands:
+    for command in row.commands.split(" && "):
         script, *flags = command.split()
         if script == "peers.py":
             given = [HERE / script, flags[0], folder, *flags[1:], "--seed", seed]
         else:
-            own_seed = [] if script.startswith("lora_") else ["--seed", seed]  # they take it from the data's record
-            papers = ["--train", folder / "train.csv", "--test", folder / "test.csv", "--out-dir", folder / "outputs"]
-            given = [KIT / script, *papers, *own_seed, *flags]
+            shared = {"--train": folder / "train.csv", "--test": folder / "test.csv", "--seed": seed}
+            shared.pop(LACKS.get(script), None)
+            given = [KIT / script, "--out-dir", folder / "outputs", *chain(*shared.items()), *flags]
         done = subprocess.run([sys.executable, *map(str, given)], env=env, cwd=folder, capture_output=True, text=True)
         if done.returncode:
             lines = done.stderr.strip().splitlines()
             raise InputError(lines[-1] if lines else f"{script}: exit code {done.returncode}")
-    return time.perf_counter() - started
+    return folder / "outputs" / (OUTPUTS.get(script) or flags[0]), time.perf_counter() - started
 
 
 def measure(row, group, folder, asked, seed):
     """Run a row and read what it left. Returns {column: value}."""
-    seconds = run_row(row, folder, seed)
-    output = folder / "outputs" / row.output
+    output, seconds = run_row(row, folder, seed)
     metrics = results.read_json(output / "metrics.json")
     peaks = [metrics[name] for name in ("peak_memory_mb", "train_peak_memory_mb") if metrics.get(name)]
     found = {"seconds": seconds, "memory": max(peaks) / 1024}
@@ -312,13 +292,11 @@ def measure_group(group, args):
     """All rounds of a group. Returns ({row name: [what was measured, a dict a round]}, faults: list of str, which
     papers there were: str).
     """
-    rows = [row for row in group.rows if find_spec(row.needs)]
-    faults = [f"{row.name}: not installed" for row in group.rows if row not in rows]
-    found = {row.name: [] for row in rows}
+    found, faults = {row.name: [] for row in group.rows}, []
     for seed in range(1, args.rounds + 1):
         learn, asked, fields = draw_papers(args, group, seed)
         done = {}
-        for row in rows:
+        for row in group.rows:
             log(f"{time.strftime('%H:%M:%S')} round {seed} of {args.rounds}: {row.name}")
             with tempfile.TemporaryDirectory() as folder:
                 write_papers(Path(folder), group, learn, asked, fields)
@@ -327,7 +305,7 @@ def measure_group(group, args):
                 except InputError as error:
                     faults.append(f"{row.name}: {error}")
                     log(f"    failed: {error}")
-        for name, values in add_ratios(done, rows[0].name).items():
+        for name, values in add_ratios(done, group.rows[0].name).items():
             found[name].append(values)
     tests = int(asked["is_test"].sum())
     counts = {"papers to learn from": len(learn), "test papers": tests, "held out": len(asked) - tests}
@@ -390,18 +368,14 @@ def make_table(columns, found):
 def describe_machine():
     """Processor, cores, speed of a product of two fp32 matrices (the best of 5), and versions, in a line."""
     a = np.ones((2048, 2048), dtype=np.float32)
-    times = []
-    for _ in range(5):
-        started = time.perf_counter()
-        a @ a
-        times.append(time.perf_counter() - started)
+    best = min(timeit.repeat(lambda: a @ a, number=1, repeat=5))
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
     names = re.findall(r"model name\s*: (.*)", info) or ["unknown processor"]
     versions = [f"Python {sys.version.split()[0]}"]
     for package in PACKAGES:
         with suppress(PackageNotFoundError):
             versions.append(f"{package} {version(package)}")
-    return f"{names[0]}, {os.cpu_count()} cores, {2 * 2048**3 / min(times) / 1e9:.0f} GFLOP/s; {', '.join(versions)}"
+    return f"{names[0]}, {os.cpu_count()} cores, {2 * 2048**3 / best / 1e9:.0f} GFLOP/s; {', '.join(versions)}"
 
 
 def describe_group(name, group, found, faults, papers, args):
@@ -461,7 +435,7 @@ def main():
         text = describe_group(name, group, found, faults, papers, args)
         write_section(args.doc, name, text)
         print(text, flush=True)
-        failed += any("not installed" not in fault for fault in faults)
+        failed += any("No module named" not in fault for fault in faults)
     if failed:
         sys.exit(f"run.py: rows of {failed} groups failed, see above")
 

@@ -5,17 +5,17 @@
         model = AutoModel.from_pretrained(folder, **hub.SAFE)
 """
 
-import os
 import re
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from urllib.request import getproxies
 
-from lib.cli import InputError, few, log
-from lib.results import read_json
+from lib.cli import InputError, log
 
 SAFE = {"trust_remote_code": False, "local_files_only": True}  # arguments for every from_pretrained
 FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
+UNUSED = ["*/*", "consolidated*"]  # folders; Mistral's weights a second time
 WAIT = 10  # seconds for an answer of the hub
 ELSEWHERE = "a local directory, a mirror (HF_ENDPOINT=https://hf-mirror.com), or --model embedded"
 
@@ -31,11 +31,29 @@ def package_folder(package, inside=""):
 
 def local_folder(flag, name):
     """The directory of a model, as a string: `name` itself, or the download of a hub name. Raises InputError, blaming
-    `flag`, if there is no such model or its files cannot be trusted.
+    `flag`, if there is no such model or if a file is only a git-lfs pointer.
     """
     folder = Path(name) if Path(name).is_dir() else download(flag, name)
     check_folder(folder)
     return str(folder)
+
+
+def download(flag, name):
+    """Download a model from the hub into its cache, as a Path. Without the hub the cache alone will do."""
+    from huggingface_hub import constants, get_session, snapshot_download
+
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        raise InputError(f"{flag} {name} is neither a directory nor a name on the hub")
+    options = {"etag_timeout": WAIT, "ignore_patterns": UNUSED}
+    log(f"{flag} {name}: looking on the hub, {constants.ENDPOINT}")
+    try:
+        get_session().event_hooks["request"].append(limit_wait)
+        folder = Path(snapshot_download(name, allow_patterns=[*FILES, "*.safetensors"], **options))
+        if not any(folder.glob("*.safetensors")):
+            snapshot_download(name, allow_patterns=[*FILES, "*.bin"], **options)
+    except Exception as error:  # of three libraries, with no common base
+        raise InputError(f"{flag} {name} can't be downloaded {explain_hub(error)}, or give {ELSEWHERE}") from None
+    return folder
 
 
 def limit_wait(request):
@@ -43,50 +61,21 @@ def limit_wait(request):
     request.extensions["timeout"] = dict.fromkeys(("connect", "read", "write", "pool"), WAIT)
 
 
-def download(flag, name):
-    """Download a model from the hub into its cache, as a Path. Without the hub the cache alone will do."""
-    from huggingface_hub import constants, get_session, snapshot_download
+def explain_hub(error):
+    """What went wrong with the hub, and a remedy: '(ReadTimeout: timed out): try again later'."""
+    from huggingface_hub import errors
 
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or set(name) <= {".", "/"}:
-        raise InputError(f"{flag} {name} is neither a directory nor a name on the hub")
-    get_session().event_hooks["request"].append(limit_wait)
-    options = {"etag_timeout": WAIT, "ignore_patterns": ["*/*"]}
-    log(f"{flag} {name}: looking on the hub, {constants.ENDPOINT}")
-    try:
-        folder = Path(snapshot_download(name, allow_patterns=[*FILES, "*.safetensors"], **options))
-        if not any(folder.glob("*.safetensors")):
-            snapshot_download(name, allow_patterns=[*FILES, "*.bin"], **options)
-    except Exception as error:  # of three libraries, with no common base
-        raise InputError(f"{flag} {name} can't be downloaded: {hub_fault(error)}; or give {ELSEWHERE}") from None
-    return folder
-
-
-def hub_fault(error):
-    """Why the hub gave no files, and the remedy, in words."""
-    from huggingface_hub import errors, get_token
-
-    cause = error if getattr(error, "response", None) is not None else error.__cause__ or error
-    kind, status = type(cause).__name__, getattr(getattr(cause, "response", None), "status_code", None)
-    if isinstance(cause, errors.OfflineModeIsEnabled):
-        return "HF_HUB_OFFLINE is set, and it is not in the cache: unset HF_HUB_OFFLINE"
-    if isinstance(cause, errors.GatedRepoError):
-        return "it is gated: accept its terms on the hub and set HF_TOKEN"
-    if status == 401 and get_token():
-        return "the hub refuses the token, which may have expired: renew or unset HF_TOKEN"
-    if isinstance(cause, errors.RepositoryNotFoundError):
-        return "the hub has no model of this name, or it is private: check the name, or set HF_TOKEN"
-    if status == 429:
-        return "the hub has had too many requests from here (429): wait some minutes, or set HF_TOKEN"
-    if status:
-        return f"the hub answers with status {status}: try again later"
-    if "Timeout" in kind:
-        return f"no answer in {WAIT} s: try again later"
-    if "SOCKS" in str(cause) or "Proxy" in kind:
-        proxies = [name for name in os.environ if name.lower().endswith("_proxy")]
-        return f"the proxy does not work ({first_line(cause)}): fix or unset {few(proxies)}, or pip install socksio"
-    if "Connect" in kind:
-        return f"the hub can't be reached ({first_line(cause)})"
-    return first_line(cause)
+    if isinstance(error, errors.LocalEntryNotFoundError):  # of the cache; the hub's is its cause
+        error = error.__cause__ or error
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    remedy = "try again later"
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        remedy = "unset HF_HUB_OFFLINE"
+    elif isinstance(error, errors.RepositoryNotFoundError) or status in (401, 403):  # gated ones are of this class, too
+        remedy = "check the name; accept a gated model's terms on the hub and set HF_TOKEN; unset an expired HF_TOKEN"
+    elif status is None and getproxies().keys() - {"no"}:
+        remedy = "fix or unset the proxy (a SOCKS proxy needs: pip install socksio), try again later"
+    return f"({type(error).__name__}: {first_line(error)}): {remedy}"
 
 
 def first_line(error):
@@ -95,28 +84,9 @@ def first_line(error):
 
 
 def check_folder(folder):
-    """Raise InputError if a model's or an adapter's directory leads out of itself or holds git-lfs pointers."""
-    check_links(folder)
+    """Raise InputError if a file of a model's or an adapter's directory is a git-lfs pointer."""
     for path in [*Path(folder).glob("*"), *Path(folder).glob("*/*")]:
         check_pointer(path)
-
-
-def check_links(folder):
-    """Raise InputError if a directory leads out of itself, by a link or by a file name in a weight index. Links of a
-    snapshot in the hub's cache to its blobs are allowed.
-    """
-    folder = Path(folder)
-    root = folder.resolve()
-    homes = [root, root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [root]
-    for path in [*folder.glob("*"), *folder.glob("*/*")]:
-        target = path.resolve()
-        if not any(target.is_relative_to(home) for home in homes):
-            copy = f"cp -rL {folder} {str(folder).rstrip('/')}-copy"
-            raise InputError(f"{path} is a link out of the directory, to {target}: copy it ({copy}) and use that")
-    for index in folder.glob("*.index.json"):
-        names = read_json(index, weight_map=dict)["weight_map"].values()
-        if wrong := [name for name in dict.fromkeys(map(str, names)) if Path(name).name != name]:
-            raise InputError(f"{index} names files that are not beside it: {few(wrong)}; download it again")
 
 
 def check_pointer(path):

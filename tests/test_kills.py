@@ -1,5 +1,5 @@
-"""Every script is killed between two changes of the disk or after a batch, for what a kill leaves behind depends on
-nothing else; then it goes on, and must end as if nothing had happened.
+"""Scripts are killed between two changes of the disk or after a batch, for what a kill leaves behind depends on nothing
+else, or interrupted; then they go on, and must end as if nothing had happened.
 
 The scripts run in processes forked from one that has imported them and done no more: that saves the seconds of the
 imports, and a fork with running threads could hang.
@@ -12,6 +12,7 @@ import random
 import shutil
 import signal
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -21,44 +22,36 @@ from safetensors import safe_open
 
 from lib import cli
 
-MOMENTS = {"bert-folds": 4, "bert-seeds": 4, "lora-folds": 4, "lora-predict-new": 4}  # in one run; 6 of the others
+MOMENTS = 4  # at which a case is killed
 CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir")
 QUICK = ["--batch-size", "4", "--epochs", "2", "--save-minutes", "0"]
 BERT = ["bert_finetune.py", "--model", "BERT", "--limit", "24", *QUICK, "--lr", "0.003", "--no-short-copies"]
-BERT += ["--max-length"]
+BERT += ["--folds", "2", "--max-length"]
 DATA = ["make_llm_data.py", "--limit", "24", "--fields", "title"]
 LORA = ["lora_finetune.py", "--model", "LLM", *QUICK, "--lr", "0.01", "--rank"]
 SCORE = ["lora_predict.py", "--limit", "24"]
 BASELINE = ["baseline.py", "--limit", "24", "--fields", "title"]
-NEW_TEST = ["--predict-only", "--test", "testB.csv"]
-FOLDS, SEEDS = ["--folds", "2"], ["--seeds", "2"]
 RESULTS = ["test.csv", "metrics.json", "valid.csv"]
 
-# name: (what ran before, with other settings; the command that is killed; what it writes, of which the first file says
-# that all the others are of one finished run)
+
+@dataclass
+class Case:
+    earlier: list  # of commands that ran before, with other settings
+    command: list  # the one that is killed
+    place: str  # what it writes to under outputs/
+    names: list  # files there; if the first is there, all of them are, of one finished run
+    hint: str  # what it says when it is interrupted
+
+
+GOES_ON = "interrupted; the same command with --resume goes on"
+STARTS_AGAIN = "interrupted; the same command starts again"
 CASES = {
-    "bert": ([[*BERT, 48]], [*BERT, 32], "bert", [*RESULTS, "best/model.safetensors"]),
-    "bert-folds": ([[*BERT, 48, *FOLDS]], [*BERT, 32, *FOLDS], "bert", [*RESULTS, "fold1/best/model.safetensors"]),
-    "bert-seeds": ([[*BERT, 48, *FOLDS]], [*BERT, 32, *SEEDS], "bert", [*RESULTS, "seed43/best/model.safetensors"]),
-    "bert-predict": ([[*BERT, 48]], ["bert_finetune.py", *NEW_TEST], "bert", RESULTS),
-    "lora": ([DATA, [*LORA, 4], SCORE], [*LORA, 8], "lora", ["training.json", "best/adapter_model.safetensors"]),
-    "lora-folds": (
-        [DATA, [*LORA, 4], SCORE],
-        [*LORA, 8, *FOLDS],
-        "lora",
-        ["training.json", "fold1/best/adapter_model.safetensors", "fold2/best/adapter_model.safetensors"],
-    ),
-    "lora-predict": ([DATA, [*LORA, 4], SCORE], [*SCORE, "--max-length", 80], "lora", RESULTS),
-    "lora-predict-new": ([DATA, [*LORA, 4], SCORE], ["lora_predict.py", *NEW_TEST], "lora", RESULTS),
-    "llm-data": (
-        [DATA],
-        [*DATA, "abstract"],
-        ".",
-        [f"paper_label_{side}.json" for side in ("source", "valid", "test")] + ["paper_label.json"],
-    ),
-    "baseline": ([BASELINE], [*BASELINE, "abstract"], "baseline", RESULTS),
-    "blend": ([BASELINE], ["blend.py", "--limit", "24", "--fields", "title"], "..", ["submit_task1.csv"]),
-}
+    "bert": Case([[*BERT, 48]], [*BERT, 32], "bert", [*RESULTS, "fold1/best/model.safetensors"], GOES_ON),
+    "lora": Case([DATA, [*LORA, 4], SCORE], [*LORA, 8], "lora", ["training.json", "best/adapter_model.safetensors"],
+                 GOES_ON),
+    "lora-predict": Case([DATA, [*LORA, 4], SCORE], [*SCORE, "--max-length", 80], "lora", RESULTS, STARTS_AGAIN),
+    "baseline": Case([BASELINE], [*BASELINE, "abstract"], "baseline", RESULTS, "interrupted"),
+}  # fmt: skip
 
 
 def child(folder, command, moment, number):
@@ -93,33 +86,25 @@ def child(folder, command, moment, number):
         cli.run_script(script.main)
     except SystemExit as end:
         code = end.code
-    moments = passed
-    Path("moments").write_text(str(moments))
+    Path("moments").write_text(str(passed))
     sys.stdout.flush()
     os._exit(code)
 
 
-@pytest.fixture(scope="session")
-def server():
-    """Where the children are forked."""
-    before = dict(os.environ)
-    paths = os.pathsep.join([str(KIT), str(KIT / "tests")])
-    os.environ |= {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "DATA_DIR": str(SAMPLE)}
-    context = multiprocessing.get_context("forkserver")
-    scripts = ["bert_finetune", "lora_finetune", "lora_predict", "make_llm_data", "baseline", "blend"]
-    context.set_forkserver_preload([*scripts, "sklearn.metrics", "test_kills"])
-    multiprocessing.forkserver.ensure_running()
-    yield context
-    os.environ.clear()
-    os.environ.update(before)
-
-
-@pytest.fixture
-def run(server):
+@pytest.fixture(scope="module")
+def run():
     """Run a script in a folder, to its end or to a signal. Returns (exit code, stderr, moments it had)."""
+    context = multiprocessing.get_context("forkserver")
+    scripts = ["bert_finetune", "lora_finetune", "lora_predict", "make_llm_data", "baseline"]
+    context.set_forkserver_preload([*scripts, "sklearn.metrics", "test_kills"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(KIT), str(KIT / "tests")]))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("DATA_DIR", str(SAMPLE))
+        multiprocessing.forkserver.ensure_running()
 
     def start(folder, command, moment=0, number=signal.SIGKILL):
-        process = server.Process(target=child, args=(folder, command, moment, number))
+        process = context.Process(target=child, args=(folder, command, moment, number))
         process.start()
         process.join(120)
         assert process.exitcode is not None, "it hangs"
@@ -129,39 +114,13 @@ def run(server):
     return start
 
 
-@pytest.fixture
-def prepared(run, tmp_path, tiny_bert, tiny_llm, test_b):
-    """Of a case: (folder as the earlier runs left it, another in which the command ran to its end, a function that runs
-    the command, the number of its moments)."""
-
-    def prepare(case):
-        earlier, command, *_ = CASES[case]
-        for name in ("earlier", "whole"):
-            (tmp_path / name).mkdir()
-
-        def go(folder, command, *more):
-            models = {"BERT": tiny_bert, "LLM": tiny_llm, "testB.csv": tmp_path / "testB.csv"}
-            return run(folder, [*(models.get(word, word) for word in command), "--out-dir", folder / "outputs"], *more)
-
-        for step in earlier:
-            code, stderr, _ = go(tmp_path / "earlier", step)
-            assert code == 0, stderr
-        shutil.copytree(tmp_path / "earlier", tmp_path / "whole", dirs_exist_ok=True)
-        code, stderr, moments = go(tmp_path / "whole", command)
-        assert code == 0, stderr
-        return tmp_path / "earlier", tmp_path / "whole", go, moments
-
-    return prepare
-
-
 def contents(case, folder):
     """What the files of a case say, without times and places: a list, None for a file that is not there."""
-    *_, place, names = CASES[case]
     found = []
-    for path in (folder / "outputs" / place / name for name in names):
+    for path in (folder / "outputs" / case.place / name for name in case.names):
         if not path.exists():
             found.append(None)
-        elif path.name in ("metrics.json", "training.json"):
+        elif path.suffix == ".json":
             record = json.loads(path.read_text())
             found.append({key: record.get(key) for key in ("scores", "papers", "fields", "settings", "epochs_run")})
         else:
@@ -187,41 +146,45 @@ def check_whole(folder, known):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
-def test_killed(prepared, tmp_path, case):
-    earlier, whole, go, moments = prepared(case)
-    command = CASES[case][1]
+@pytest.mark.parametrize("name", CASES)
+def test_killed_or_interrupted(run, tmp_path, tiny_bert, tiny_llm, name):
+    case, earlier, whole = CASES[name], tmp_path / "earlier", tmp_path / "whole"
+
+    def go(folder, command, *more):
+        command = [{"BERT": tiny_bert, "LLM": tiny_llm}.get(word, word) for word in command]
+        return run(folder, [*command, "--out-dir", folder / "outputs"], *more)
+
+    earlier.mkdir()
+    for step in case.earlier:
+        code, stderr, _ = go(earlier, step)
+        assert code == 0, stderr
+    shutil.copytree(earlier, whole)
+    code, stderr, moments = go(whole, case.command)
+    assert code == 0, stderr
     want = [contents(case, folder) for folder in (earlier, whole)]
     assert want[0] != want[1]
-    if command[0] in ("bert_finetune.py", "lora_finetune.py") and "--predict-only" not in command:
-        again = [*command, "--resume"]
-    else:
-        again = command
-    for moment in random.Random(case).sample(range(1, moments + 1), min(MOMENTS.get(case, 6), moments)):
-        folder = tmp_path / f"killed {moment}"
+
+    draw = random.Random(name)
+    starts = [moments * part // MOMENTS for part in range(MOMENTS)]
+    signals = [(start + draw.randint(1, moments // MOMENTS), signal.SIGKILL) for start in starts]
+    for moment, number in [*signals, (moments // 2, signal.SIGINT)]:
+        folder = tmp_path / f"{number.name} {moment}"
         shutil.copytree(earlier, folder)
-        assert go(folder, command, moment)[0] == -signal.SIGKILL
+        code, stderr, _ = go(folder, case.command, moment, number)
+        if number == signal.SIGKILL:
+            assert code == -number
+        else:
+            assert code == 130 and "Traceback" not in stderr, stderr
+            assert stderr.splitlines()[-1] == f"{case.command[0]}: {case.hint}"
         check_whole(folder, (earlier, whole))
         left = contents(case, folder)
-        assert left[0] is None or left in want, f"moment {moment}: files of two runs"
-        code, stderr, _ = go(folder, again)
-        assert code == 0, f"moment {moment}: {stderr}"
-        assert contents(case, folder) == want[1], f"moment {moment}"
-        if (lock := folder / "outputs" / CASES[case][2] / ".lock").exists():
-            assert [path for path in lock.parent.rglob(".*")] == [lock], "rubbish stays"
+        assert left[0] is None or left in want, f"{folder.name}: files of two runs"
+        code, stderr, _ = go(folder, [*case.command, *["--resume"] * (case.hint == GOES_ON)])
+        if "leave --resume out" in stderr:  # it had not begun: the earlier run is still there
+            assert left == want[0]
+            code, stderr, _ = go(folder, case.command)
+        assert code == 0, f"{folder.name}: {stderr}"
+        assert contents(case, folder) == want[1], folder.name
+        hidden = [path.name for path in (folder / "outputs" / case.place).rglob(".*")]
+        assert set(hidden) <= {".lock"}, "rubbish stays"
         shutil.rmtree(folder)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", ["bert", "lora", "lora-predict"])
-def test_interrupted(prepared, case):
-    earlier, whole, go, moments = prepared(case)
-    command, want = CASES[case][1], contents(case, whole)
-    resume = [] if case == "lora-predict" else ["--resume"]
-    code, stderr, _ = go(earlier, command, moments // 2, signal.SIGINT)
-    assert code == 130 and "Traceback" not in stderr, stderr
-    hint = "the same command with --resume goes on" if resume else "the same command starts again"
-    assert stderr.splitlines()[-1].endswith(f"{command[0]}: interrupted; {hint}"), stderr
-    code, stderr, _ = go(earlier, [*command, *resume])
-    assert code == 0, stderr
-    assert contents(case, earlier) == want
