@@ -20,7 +20,7 @@ import pandas as pd
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common import FIELDS, build_text, read_papers  # noqa: E402
-from lib import hub, results  # noqa: E402
+from lib import files, hub, results  # noqa: E402
 from lib.cli import run_script  # noqa: E402
 
 GOAL = 0.99  # accuracy on the test papers, the time to which is measured
@@ -302,8 +302,8 @@ def main():
     if PEERS[args.name] in CLASSIFIERS:
         results.save_results(out, metrics, test, found)
     else:
-        results.write_csv(out / "test.csv", {"uuid": test["uuid"].tolist(), "Keywords": ["; ".join(w) for w in found]})
-        results.write_json(out / "metrics.json", metrics)
+        files.write_csv(out / "test.csv", {"uuid": test["uuid"].tolist(), "Keywords": ["; ".join(w) for w in found]})
+        files.write_json(out / "metrics.json", metrics)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ sys.path.insert(0, str(KIT))
 from peers import GOAL  # noqa: E402
 
 import common  # noqa: E402
-from lib import cli, results  # noqa: E402
+from lib import cli, files, results  # noqa: E402
 from lib.cli import InputError, log, positive_int  # noqa: E402
 
 PACKAGES = ("scikit-learn", "torch", "transformers", "peft", "fasttext-numpy2", "keybert", "yake")
@@ -240,7 +240,7 @@ def run_row(row, folder, seed):
 def measure(row, group, folder, asked, seed):
     """Run a row and read what it left. Returns {column: value}."""
     output, seconds = run_row(row, folder, seed)
-    metrics = results.read_json(output / "metrics.json")
+    metrics = files.read_json(output / "metrics.json")
     peaks = [metrics[name] for name in ("peak_memory_mb", "train_peak_memory_mb") if metrics.get(name)]
     found = {"seconds": seconds, "memory": max(peaks) / 1024}
     if group.keywords:
@@ -407,7 +407,7 @@ def write_section(path, name, text):
     old = dict(re.findall(r"<!-- (\S+) -->\n(.*?)\n<!-- end -->", page, re.DOTALL))
     old[name] = text
     sections = [f"<!-- {group} -->\n{old[group]}\n<!-- end -->\n" for group in GROUPS if group in old]
-    with results.atomic_write(path) as part:
+    with files.atomic_write(path) as part:
         part.write_text("\n".join([HEAD, *sections]), encoding="utf-8")
 
 

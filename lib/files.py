@@ -22,8 +22,8 @@ RERUN = "run the script that writes it again"
 @contextmanager
 def atomic_write(path):
     """Yield a temporary path to write a file or a folder to. If the block succeeds, it replaces `path`; if not, it is
-    removed and `path` stays as it was. Of a link the target is replaced; a device or a pipe is written to. Raises
-    InputError that names `path` if the disk is full, say.
+    removed and `path` stays as it was. Of a link the target is replaced; a device or a pipe is written to. An OSError,
+    since the disk is full, say, names `path`.
     """
     path = Path(os.path.realpath(path))
     if path.exists() and not path.is_file() and not path.is_dir():
@@ -42,7 +42,7 @@ def atomic_write(path):
         shutil.rmtree(old, ignore_errors=True)
     except Exception as error:
         if isinstance(error, OSError) or "(os error" in str(error):  # safetensors and tokenizers have errors of Rust
-            raise InputError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+            raise OSError(0, getattr(error, "strerror", None) or str(error), str(path)) from error
         raise
     finally:
         remove(part)
