@@ -281,7 +281,7 @@ def main():
     args = parse_args()
     accelerator = training.make_accelerator(args.precision)
     folder = args.out_dir / args.name
-    with files.locked(folder), training.explain(args, "the same command with --resume goes on"):
+    with files.locked(folder), training.explain("the same command with --resume goes on"):
         (predict_only if args.predict_only else train_and_predict)(accelerator, args, folder)
     accelerator.end_training()
 

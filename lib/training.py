@@ -9,9 +9,9 @@ A script gives the loop a task, any object with three functions:
 
 A paper is a dict with "input_ids" (list of int) and, to train on, "label" (0 or 1).
 
-A step's batch is split over accumulation pieces and processes, and its loss is the mean over the whole batch, so
-neither number changes what is learned. The random numbers of a step (dropout) depend on seed, step and process alone,
-so a resumed run draws the same ones: its weights are those of an uninterrupted run, on a GPU up to rounding.
+A step's batch is split over accumulation pieces and processes; neither number changes what is learned. The random
+numbers of a step (dropout) depend on seed, step and process alone, so a resumed run ends with the weights of an
+uninterrupted one, on a GPU up to rounding.
 """
 
 import json
@@ -105,7 +105,7 @@ def environment(accelerator):
 
 
 @contextmanager
-def explain(args, go_on):
+def explain(go_on):
     """Turn into one line what the user can fix: Ctrl-C, memory that runs out, a process that died. `go_on`: how."""
     try:
         yield
@@ -113,25 +113,11 @@ def explain(args, go_on):
         raise KeyboardInterrupt(go_on) from None
     except (RuntimeError, MemoryError) as error:
         if hub.is_out_of_memory(error):
-            raise InputError(f"out of memory: try {memory_advice(args)}") from None
+            raise InputError("out of memory: try a higher --accumulate (same result in smaller pieces), of an LLM "
+                             "--gradient-checkpointing, a smaller --max-length or --model") from None  # fmt: skip
         if "by peer" in str(error):  # connection closed or reset by peer
             raise InputError(f"another process of this run died; {go_on}") from None
-        if "Expected to have finished reduction" in str(error):
-            raise InputError("--model has weights that its output doesn't depend on, so several GPUs can't train it: "
-                             "use one, CUDA_VISIBLE_DEVICES=0, or another --model") from None  # fmt: skip
         raise
-
-
-def memory_advice(args):
-    """The flags that save memory, those with the same result first."""
-    advice = ["a smaller --model", "or end what else holds memory (nvidia-smi)"]
-    if args.max_length:
-        advice = [f"--max-length {args.max_length // 2}", *advice]
-    if getattr(args, "gradient_checkpointing", None) is False:
-        advice = ["--gradient-checkpointing (same result, a third slower)", *advice]
-    if getattr(args, "accumulate", None) and args.accumulate < args.batch_size:
-        advice = [f"--accumulate {2 * args.accumulate} (same result)", *advice]
-    return ", ".join(advice)
 
 
 # ---- batches and rate ------------------------------------------------------------------------------------------------
@@ -543,25 +529,19 @@ def predict(accelerator, model, papers, task, batch_size=None):
     """P(label = 1) of every paper, in their order: float array [papers]. Each paper is scored once, by one process.
     If memory runs out the batch is halved. Raises InputError if a probability is NaN.
     """
-    batch_size = batch_size or (GPU_BATCH if accelerator.device.type == "cuda" else CPU_BATCH)
-    model.eval()
-    found = torch.zeros(len(papers), device=accelerator.device)
-    batches = length_batches([len(paper["input_ids"]) for paper in papers], batch_size)
-    todo = batches[accelerator.process_index :: accelerator.num_processes]
-    bar = progress(accelerator, sum(map(len, todo)), "predict")
-    while todo:
-        batch = todo[0]
-        probs = score_batch(model, [papers[i] for i in batch], task)
-        if probs is None:  # what the error held is free now
+    size = batch_size or (GPU_BATCH if accelerator.device.type == "cuda" else CPU_BATCH)
+    lengths = [len(paper["input_ids"]) for paper in papers]
+    found = None
+    while found is None:
+        try:
+            found = score_batches(accelerator, model, papers, task, length_batches(lengths, size))
+        except RuntimeError as error:  # with the first batch, which is of the longest papers
+            if size == 1 or not hub.is_out_of_memory(error):
+                raise
+        if found is None:  # what the error held is free now
             torch.cuda.empty_cache()
-            half = (len(batch) + 1) // 2
-            log(f"out of memory with {len(batch)} papers at a time, going on with {half}")
-            todo = [rest[i : i + half] for rest in todo for i in range(0, len(rest), half)]
-            continue
-        found[batch] = probs
-        bar.update(len(batch))
-        todo.pop(0)
-    bar.close()
+            log(f"out of memory with {size} papers at a time, going on with {(size + 1) // 2}")
+            size = (size + 1) // 2
     probs = accelerator.reduce(found).cpu().numpy()
     if not np.isfinite(probs).all():
         raise InputError(f"P(label) is NaN for {(~np.isfinite(probs)).sum()} of {len(papers)} papers: the numbers "
@@ -569,15 +549,18 @@ def predict(accelerator, model, papers, task, batch_size=None):
     return np.clip(probs.astype(float), 0, 1)
 
 
-def score_batch(model, papers, task):
-    """task.probs in float32; None if memory ran out, unless with a single paper: then the error goes on."""
-    try:
+def score_batches(accelerator, model, papers, task, batches):
+    """P(label = 1) of the papers of this process's batches, 0 of all others: float tensor [papers]."""
+    model.eval()
+    found = torch.zeros(len(papers), device=accelerator.device)
+    own = batches[accelerator.process_index :: accelerator.num_processes]
+    bar = progress(accelerator, sum(map(len, own)), "predict")
+    for batch in own:
         with torch.no_grad():
-            return task.probs(model, papers).float()
-    except RuntimeError as error:
-        if len(papers) == 1 or not hub.is_out_of_memory(error):
-            raise
-        return None
+            found[batch] = task.probs(model, [papers[i] for i in batch]).float()
+        bar.update(len(batch))
+    bar.close()
+    return found
 
 
 def in_float32(layer, inputs, output):
