@@ -6,7 +6,6 @@ import pytest
 from conftest import SAMPLE
 
 import blend
-import common
 from lib.results import scores, warn_one_class
 
 
@@ -79,6 +78,15 @@ def test_one_paper_does_not_decide_but_many_do(wrong):
     assert name == "other" and "F1 +0." in reason
 
 
+def test_no_blend_where_a_class_has_one_paper(papers):
+    """There is no other half to choose its weights on."""
+    few = papers[0].sort_values("label").iloc[56:61]
+    assert few["label"].tolist() == [0, 0, 0, 0, 1]
+    probs = {"a": np.array([0.1, 0.1, 0.1, 0.8, 0.9]), "b": np.array([0.1, 0.1, 0.8, 0.1, 0.9])}
+    assert blend.add_blend(few, probs, dict(probs), seed=42) == "50% a + 50% b"
+    assert list(probs) == ["a", "b"]
+
+
 # ---- the script ------------------------------------------------------------------------------------------------------
 
 
@@ -148,20 +156,6 @@ def test_a_folder_with_one_of_the_two_files_is_left_out(refused, kit, own_model,
     done = kit("blend.py")
     assert done.returncode == 0 and "outputs/mine has no test.csv and is left out" in done.stderr
     assert "warning" not in done.stderr and "outputs/keywords" not in done.stderr
-
-
-def test_held_out_copies_of_one_paper(kit, tmp_path, model, papers, write_csv):
-    """They go into one half, so there is no other to choose a blend's weights on."""
-    train = papers[0].copy()
-    zeros, ones = (np.flatnonzero(train["label"] == label) for label in (0, 1))
-    train.loc[train.index[ones[1]], ["title", "abstract"]] = train.loc[train.index[ones[0]], ["title", "abstract"]]
-    path = write_csv("train.csv", [train.columns, *train.to_numpy()])
-    train = common.read_papers(path, labelled=True)
-    for name in ("baseline", "bert"):
-        model(name, 0.9, [*zeros[:20], *ones[:2]], (train, papers[1]))
-    done = kit("blend.py", "--train", path)
-    assert done.returncode == 0 and "22 held out" in done.stdout, done.stderr
-    assert (tmp_path / "submit_task1.csv").is_file()
 
 
 def test_predictions_for_other_papers_are_refused(refused, model, write_csv):
