@@ -53,13 +53,13 @@ def read_side(path, papers, side):
     """A frame of prob (and label) by uuid, from a model's file. Raises InputError unless all are of `papers`, once."""
     found = results.read_predictions(path).set_index("uuid")
     refuse(path, found.index[found.index.duplicated()], "is there more than once")
-    refuse(path, found.index[~found.index.isin(papers["uuid"])], f"is not in the {side} file (or is beyond --limit)")
+    refuse(path, found.index.difference(papers["uuid"]), f"is not in the {side} file (or is beyond --limit)")
     return found
 
 
 def read_model(folder, train, test, record):
-    """The model whose predictions are in a folder. `record`: paper_record of train and test. Raises InputError unless
-    the predictions are about these papers.
+    """The Model in a folder. `record`: paper_record of train and test. Raises InputError unless the predictions are
+    about these papers.
     """
     metrics = files.read_json(folder / "metrics.json")
     if not isinstance(metrics, dict) or not isinstance(metrics.get("papers"), dict):
@@ -72,7 +72,7 @@ def read_model(folder, train, test, record):
     valid, predicted = read_side(valid_path, train, "train"), read_side(test_path, test, "test")
     if metrics and metrics["papers"].get("held_out") != len(valid):
         raise InputError(f"{valid_path} does not hold the papers that were held out: run its script again")
-    refuse(test_path, test["uuid"][~test["uuid"].isin(predicted.index)], "is missing")
+    refuse(test_path, pd.Index(test["uuid"]).difference(predicted.index), "is missing")
     if "label" not in valid:
         raise InputError(f"{valid_path} has no column label: write uuid, label and prob")
     labels = train.set_index("uuid")["label"].loc[valid.index]
@@ -203,44 +203,25 @@ def choose(labels, probs):
     return name, f"F1 {gain:+.4f} against {rival}, standard error {error:.4f}{tie}"
 
 
-# ---- what the report says --------------------------------------------------------------------------------------------
+# ---- the script ------------------------------------------------------------------------------------------------------
 
 
-def train_test_auc(train, test, fields, seed, most=5000):
-    """AUC, out of fold, of a classifier that tells training papers (0) from test papers (1) by their text: 0.5 if the
-    two are alike, 1.0 if nothing is. At most `most` papers of each side are looked at. None where there are too few.
+def compare_texts(train, test, fields, seed):
+    """Whether scores on training papers hold for the test papers, in a sentence: by the AUC, out of fold, of a
+    classifier that tells the two by their text. Of each at most 5,000 papers are looked at.
     """
-    sides = [papers.sample(min(most, len(papers)), random_state=seed) for papers in (train, test)]
-    texts = [common.build_text(side, fields) for side in sides]
-    if min(map(len, texts)) < 5 or not any(map(any, texts)):
-        return None
+    if min(len(train), len(test)) < 5:
+        return "train and test were not compared: too few papers"
+    sides = [papers.sample(min(5000, len(papers)), random_state=seed) for papers in (train, test)]
     labels = np.repeat([0, 1], [len(side) for side in sides])
-    counts = TfidfVectorizer(sublinear_tf=True, token_pattern=r"\w+").fit_transform(texts[0] + texts[1])
+    counts = TfidfVectorizer(sublinear_tf=True, token_pattern=r"\w+")
+    texts = counts.fit_transform(common.build_text(pd.concat(sides), fields))
     model = LogisticRegression(C=10, solver="liblinear", class_weight="balanced", random_state=seed)
-    return roc_auc_score(labels, cross_val_predict(model, counts, labels, cv=5, method="predict_proba")[:, 1])
-
-
-def make_tables(models, labels, probs, test_labels, test_probs, mixture):
-    """The tables of scores, each a title and rows of results.score_table. `models`: all of them; `labels`: of the
-    papers that the comparable ones held out; `probs`: {comparable model or "blend": P(label = 1)} of these; the same of
-    the test papers, whose labels may be None; `mixture`: what the blend consists of.
-    """
-    fields = {model.name: " ".join(model.metrics.get("fields", ["own model"])) for model in models}
-    held_out, tested, more = [], [], []
-    for name, values in probs.items():
-        note = fields.get(name, "weights chosen on the other half")
-        held_out.append((name, scores(labels, values), f"{len(labels)} held out, {note}"))
-        if test_labels is not None:
-            note = f"{len(test_labels)} test papers, {fields.get(name, mixture)}"
-            tested.append((name, scores(test_labels, test_probs[name]), note))
-    for model in models:
-        valid, name = model.valid, model.name
-        if name not in probs or len(valid) > len(labels):
-            more.append((name, scores(valid["label"], valid["prob"]), f"{len(valid)} held out, {fields[name]}"))
-        more += model.metrics.get("table", [])  # what the baseline compares itself with
-    tables = [("Held-out papers", held_out), ("Test papers", tested)]
-    tables.append(("For comparison, each model on all papers it held out", more))
-    return [(title, rows) for title, rows in tables if rows]
+    auc = roc_auc_score(labels, cross_val_predict(model, texts, labels, cv=5, method="predict_proba")[:, 1])
+    finding = f"AUC {auc:.2f} of a classifier that tells train from test by text (0.5 = alike)"
+    if auc < 0.7:
+        return f"{finding}: held-out scores should carry over to the test papers."
+    return f"warning: {finding}: the two are about different things; expect lower scores on test."
 
 
 def parse_args():
@@ -264,15 +245,14 @@ def main():
     chosen, reason = choose(labels, probs)
     submitted = f"{mixture if chosen == 'blend' else f'100% {chosen}'}: {reason}"
     guess = test_probs[chosen] >= 0.5
-    auc = train_test_auc(train, test, fields, args.seed)
+    findings = [compare_texts(train, test, fields, args.seed), results.warn_one_class(guess, train["label"])]
 
-    print(report.describe_auc(auc))
+    print(findings[0])
     print(f"blend: {submitted}")
-    one_class = results.warn_one_class(guess, train["label"])
     if not args.report_only:
         results.write_submission(args.submit, test, guess, args.out_dir, args.keywords)
-    tables = make_tables(models, labels, probs, test_labels, test_probs, mixture)
-    for title, rows in tables:
+    tables = report.make_tables(models, labels, probs, test_labels, test_probs, mixture)
+    for title, rows in tables.items():
         print(f"\n{title}\n{results.score_table(rows)}")
 
     path = args.out_dir / "keywords" / "metrics.json"
@@ -280,23 +260,12 @@ def main():
     if keywords and keywords["papers"].get("test_fingerprint") != record["test_fingerprint"]:
         keywords = {}  # of other test papers
     recall = None if "Keywords" in test else keywords.get("scores", {}).get(f"{args.keywords}_recall")
-    found = report.Found(
-        submitted=submitted,
-        chosen=chosen,
-        auc=auc,
-        one_class=one_class,
-        tables=tables,
-        metrics={model.name: model.metrics for model in models},
-        keywords=keywords,
-        keyword_recall=recall,
-        papers=papers,
-        probs=probs,
-        test_probs=test_probs,
-        test_labels=test_labels,
-    )
-    for estimate, parts in report.board_estimates(found):
-        print(f"board estimate (inferred, not official): {estimate:.4f} = {parts}")
-    report.write(args.out_dir, found)
+    figures = report.describe_scores("held-out", labels, probs[chosen], recall)
+    if test_labels is not None:
+        figures += report.describe_scores("test", test_labels, test_probs[chosen], recall)
+    figures.append((f"{guess.mean():.1%}", f"of {len(guess):,} test papers are called medical"))
+    metrics = {model.name: model.metrics for model in models}
+    report.write(args.out_dir, submitted, figures, findings, tables, metrics, keywords, papers, probs)
 
 
 if __name__ == "__main__":

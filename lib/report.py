@@ -2,7 +2,6 @@
 inputs give the same bytes. lib/report.html is its template.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import jinja2
@@ -14,37 +13,15 @@ from lib import files, plots, results
 from lib.cli import few, log
 
 
-@dataclass
-class Found:
-    """What blend.py found."""
-
-    submitted: str  # what goes into the submission and why, in a sentence
-    chosen: str  # the name under which it is in probs and test_probs
-    auc: float | None  # of a classifier that tells train from test
-    one_class: str  # a warning if nearly all test papers get one class, else ""
-    tables: list  # of scores: (title, rows of results.score_table)
-    metrics: dict  # {model: its metrics.json, {} if it has none}
-    keywords: dict  # metrics.json of extract_keywords.py, {} if it has not run on these test papers
-    keyword_recall: float | None  # case-sensitive, of the keywords to submit; None if not known
-    papers: pd.DataFrame  # those that the models are compared on
-    probs: dict  # {compared model, and "blend" if one was tried: P(label = 1) of these papers}
-    test_probs: dict  # the same of the test papers
-    test_labels: np.ndarray | None  # labels of the test papers, where known
-
-
 def number(value, digits=4):
     """1234.5 -> '1,234.5000'; None or NaN -> '–'."""
     return "–" if pd.isna(value) else f"{value:,.{digits}f}"
 
 
-# ---- the figures at the top ------------------------------------------------------------------------------------------
-
-
-def f1_interval(labels, probs):
+def f1_interval(labels, guess):
     """95 % interval of F1 as (low, high): Wilson's interval of the share of hits among the papers that have label 1 or
     are given it, carried over by F1 = 2 share / (1 + share).
     """
-    guess = probs >= 0.5
     hits, either = int(np.sum(guess & (labels == 1))), int(np.sum(guess | (labels == 1)))
     if not either:
         return 0.0, 1.0
@@ -52,66 +29,32 @@ def f1_interval(labels, probs):
     return 2 * low / (1 + low), 2 * high / (1 + high)
 
 
-def submitted_scores(found):
-    """What is submitted, on held-out papers and, with labels, on test papers: (which papers, F1, its 95 % interval)."""
-    sides = [("held-out", found.papers["label"].to_numpy(), found.probs[found.chosen])]
-    if found.test_labels is not None:
-        sides.append(("test", found.test_labels, found.test_probs[found.chosen]))
-    for side, labels, probs in sides:
-        yield f"{len(labels):,} {side} papers", results.scores(labels, probs)["f1"], f1_interval(labels, probs)
-
-
-def board_estimates(found):
-    """What the board may show, with F1 of held-out papers and of test papers, where known: (estimate, its two parts).
-    Empty if the recall of the keywords is not known.
+def describe_scores(side, labels, probs, recall):
+    """Print the board estimate. Returns this and F1 of what is submitted as the report's figures: (value, what it is).
+    `side`: "held-out" or "test"; `recall`: of the keywords, None if not known.
     """
-    recall = found.keyword_recall
-    for papers, f1, _ in submitted_scores(found) if recall is not None else ():
+    papers, f1 = f"{len(labels):,} {side} papers", results.scores(labels, probs)["f1"]
+    low, high = f1_interval(labels, probs >= 0.5)
+    figures = [(f"{f1:.3f}", f"F1 on {papers}, 95 % interval {low:.3f} to {high:.3f}")]
+    if recall is not None:
+        estimate, name = results.board_estimate(f1, recall), "board estimate (inferred, not official)"
         parts = f"0.4 × F1 {f1:.4f} on {papers} + 0.6 × case-sensitive keyword recall {recall:.4f}"
-        yield results.board_estimate(f1, recall), parts
+        print(f"{name}: {estimate:.4f} = {parts}")
+        figures.append((f"{estimate:.3f}", f"{name}: {parts}"))
+    return figures
 
 
-def make_tiles(found):
-    """(value, what it is) of each figure at the top."""
-    tiles = []
-    for papers, f1, (low, high) in submitted_scores(found):
-        tiles.append((f"{f1:.3f}", f"F1 on {papers}, 95 % interval {low:.3f} to {high:.3f}"))
-    for estimate, parts in [*board_estimates(found)][-1:]:
-        tiles.append((f"{estimate:.3f}", f"board estimate (inferred, not official): {parts}"))
-    guess = found.test_probs[found.chosen] >= 0.5
-    tiles.append((f"{guess.mean():.1%}", f"of {len(guess):,} test papers are called medical"))
-    tiles.append((number(found.auc, 2), "AUC of telling train from test, 0.5 = alike"))
-    return tiles
-
-
-def describe_auc(auc):
-    """What the AUC of telling train from test means, in a sentence."""
-    if auc is None:
-        return "train and test were not compared: too few papers or no text"
-    finding = f"AUC {auc:.2f} of a classifier that tells train from test by text (0.5 = alike)"
-    if auc < 0.4:
-        return f"{finding}: worse than a guess, by chance or by near-copies; it shows no difference."
-    if auc < 0.6:
-        return f"{finding}: held-out scores should carry over to the test papers."
-    if auc < 0.7:
-        return f"{finding}: the two differ a little; held-out scores may be somewhat too good."
-    return f"warning: {finding}: the two are about different things; expect lower scores on test."
-
-
-def describe_trust(found):
+def describe_trust(findings, metrics, papers, probs):
     """How far to trust the scores, in sentences. If one begins with "warning", the page highlights them."""
-    count = len(found.papers)
-    sentences = [describe_auc(found.auc)]
-    if found.one_class:
-        sentences.append(found.one_class)
-    sentences.append(f"{count:,} papers were held out by all models that are compared: one more or less right is "
-                     f"{1 / count:.4f} of accuracy.")
-    left_out = [name for name in found.metrics if name not in found.probs]
+    sentences = [finding for finding in findings if finding]
+    sentences.append(f"{len(papers):,} papers were held out by all models that are compared: one more or less right is "
+                     f"{1 / len(papers):.4f} of accuracy.")
+    left_out = [name for name in metrics if name not in probs]
     if left_out:
         sentences.append(f"Not compared, since they share too few held-out papers with the others: {few(left_out)}.")
-    if len(found.probs) > 1:
+    if len(probs) > 1:
         sentences.append("What is submitted was chosen on these very papers: its scores there are a little too good.")
-    table = found.metrics.get("baseline", {}).get("table", [])
+    table = metrics.get("baseline", {}).get("table", [])
     accuracy = {name: values["accuracy"] for name, values, _ in table}
     if accuracy.get("author rule", 0) >= 0.9:
         free = [accuracy[name] for name in accuracy if name.endswith("no author")]
@@ -121,10 +64,39 @@ def describe_trust(found):
     return sentences
 
 
-# ---- tables: rows of {column: text} ----------------------------------------------------------------------------------
+# ---- tables ----------------------------------------------------------------------------------------------------------
 
 
-def score_rows(scored):
+def score_models(labels, probs, papers, fields):
+    """Rows of results.score_table. `papers`: which they are; `fields`: {model: what it reads}."""
+    rows = []
+    for name, values in probs.items():
+        rows.append((name, results.scores(labels, values), f"{len(labels)} {papers}, {fields[name]}"))
+    return rows
+
+
+def make_tables(models, labels, probs, test_labels, test_probs, mixture):
+    """The tables of scores, {title: rows}. `models`: all of them; `labels`: of the papers that the comparable ones held
+    out; `probs`: {comparable model or "blend": P(label = 1)} of these; the same of the test papers, whose labels may be
+    None; `mixture`: what the blend consists of.
+    """
+    fields = {model.name: " ".join(model.metrics.get("fields", ["own model"])) for model in models}
+    blended = {**fields, "blend": "weights chosen on the other half"}
+    tables = {"Held-out papers": score_models(labels, probs, "held out", blended)}
+    if test_labels is not None:
+        tables["Test papers"] = score_models(test_labels, test_probs, "test papers", {**fields, "blend": mixture})
+    more = []
+    for model in models:
+        valid = model.valid
+        if model.name not in probs or len(valid) > len(labels):
+            more += score_models(valid["label"], {model.name: valid["prob"]}, "held out", fields)
+        more += model.metrics.get("table", [])  # what the baseline compares itself with
+    if more:
+        tables["For comparison, each model on all papers it held out"] = more
+    return tables
+
+
+def score_cells(scored):
     """`scored`: (model, scores, note), as in results.score_table."""
     rows = []
     for name, values, note in scored:
@@ -133,23 +105,16 @@ def score_rows(scored):
     return rows
 
 
-def format_time(seconds):
-    if seconds is None:
-        return "–"
-    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f} min"
-
-
 def cost_rows(stages):
     """`stages`: {model or "keywords": its metrics.json}."""
     rows = []
     for name, m in stages.items():
-        epochs = np.atleast_1d(m.get("epochs_run", "–"))  # of each fold
         memory = max(m.get("peak_memory_mb") or 0, m.get("train_peak_memory_mb") or 0) or None
         rows.append({
             "stage": name,
             "device": m.get("trained_on") or m.get("device", "–"),
-            "epochs": " + ".join(map(str, epochs)),
-            "time": format_time(m.get("seconds")),
+            "epochs": " + ".join(map(str, m.get("epochs_run", "–"))),  # of each fold
+            "seconds": number(m.get("seconds"), 0),
             "training, papers/s": number(m.get("train_papers_per_second"), 1),
             "predicting, papers/s": number(m.get("predict_papers_per_second"), 1),
             "memory, MiB": number(memory, 0),
@@ -157,23 +122,15 @@ def cost_rows(stages):
     return rows
 
 
-def keyword_rows(scores):
-    return [{"score": name.replace("_", " "), "value": number(value)} for name, value in scores.items()]
-
-
-def hardest(labels, probs, most=20):
+def hardest_papers(papers, probs):
     """The papers that the models get most wrong (mean distance from the label) or disagree on most (from the lowest to
-    the highest probability), worst first. `probs`: float array [models, papers]. Returns int array of places.
+    the highest probability), the worst first, at most 20. Returns the table's rows, and author and abstract of each.
     """
-    trouble = np.maximum(np.abs(probs - labels).mean(axis=0), np.ptp(probs, axis=0))
-    return np.argsort(-trouble, kind="stable")[:most]
-
-
-def hardest_rows(papers, probs):
-    """Returns the table's rows, and the author and abstract of each row's paper."""
-    models = [values for name, values in probs.items() if name != "blend"]
+    labels = papers["label"].to_numpy()
+    models = np.array([values for name, values in probs.items() if name != "blend"])
+    trouble = np.maximum(np.abs(models - labels).mean(axis=0), np.ptp(models, axis=0))
     rows, details = [], []
-    for place in hardest(papers["label"].to_numpy(), np.array(models)):
+    for place in np.argsort(-trouble, kind="stable")[:20]:
         paper, cells = papers.iloc[place], {}
         for name, values in probs.items():
             right = (values[place] >= 0.5) == paper["label"]
@@ -184,29 +141,15 @@ def hardest_rows(papers, probs):
     return rows, details
 
 
-# ---- learning curves -------------------------------------------------------------------------------------------------
-
-
-def read_logs(folder, metrics):
-    """The frames of log.csv of a model, one a fold; none where there is none."""
-    logs, columns = [], ["epoch", "train_loss", "log_loss", "accuracy", "f1", "auc"]
-    for path in [folder / name / "log.csv" for name in metrics.get("settings", {}).get("folders", ["."])]:
-        try:
-            logs.append(pd.read_csv(path)[columns].astype(float).dropna(subset="epoch"))
-        except FileNotFoundError:
-            continue
-        except (ValueError, KeyError):  # an own model's log has the columns it likes
-            log(f"warning: {path} has other columns than the kit's, left out of the report")
-    return [frame for frame in logs if len(frame)]
-
-
 def draw_all_curves(folder, metrics):
-    """{caption: SVG} of the models that have a log.csv."""
+    """{caption: SVG} of the kit's models that have a log.csv."""
     losses = {"train_loss": "training", "log_loss": "held out"}
     valued = {"accuracy": "accuracy", "f1": "F1", "auc": "AUC"}
     pictures = {}
     for name, m in metrics.items():
-        logs = read_logs(folder / name, m)
+        folds = m.get("settings", {}).get("folders", ["."])
+        paths = [folder / name / fold / "log.csv" for fold in folds]
+        logs = [pd.read_csv(path) for path in paths if m and path.is_file()]  # a model of the user's own has no metrics
         if logs:
             pictures[f"{name}: loss by epoch"] = plots.draw_curves(logs, losses, "loss")
             pictures[f"{name}: held-out score by epoch"] = plots.draw_curves(logs, valued, "held-out score")
@@ -216,24 +159,31 @@ def draw_all_curves(folder, metrics):
 # ---- the page --------------------------------------------------------------------------------------------------------
 
 
-def write(folder, found):
-    """Write report.html into a folder, which holds the models' folders."""
+def write(folder, submitted, figures, findings, tables, metrics, keywords, papers, probs):
+    """Write report.html into a folder, which holds the models' folders.
+
+    submitted: what goes into the submission and why, in a sentence. figures: (value, what it is), for the top.
+    findings: sentences on how far to trust the scores. tables: {title: rows of results.score_table}. metrics: {model:
+    its metrics.json, {} if it has none}. keywords: metrics.json of extract_keywords.py, {} if there is none. papers:
+    frame of those that the models are compared on. probs: {model or "blend": P(label = 1) of these papers}.
+    """
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True,
                                      undefined=jinja2.StrictUndefined)
-    stages = {name: m for name, m in {**found.metrics, "keywords": found.keywords}.items() if m}
-    rows, details = hardest_rows(found.papers, found.probs)
+    stages = {name: m for name, m in {**metrics, "keywords": keywords}.items() if m}
+    rows, details = hardest_papers(papers, probs)
+    found = keywords.get("scores", {})
     page = environment.get_template("report.html").render(
-        submitted=found.submitted,
-        tiles=make_tiles(found),
-        trust=describe_trust(found),
-        tables={title: score_rows(scored) for title, scored in found.tables},
+        submitted=submitted,
+        figures=figures,
+        trust=describe_trust(findings, metrics, papers, probs),
+        tables={title: score_cells(scored) for title, scored in tables.items()},
         costs=cost_rows(stages),
-        keywords=found.keywords,
-        keyword_rows=keyword_rows(found.keywords.get("scores", {})),
-        curves=draw_all_curves(folder, found.metrics),
-        reliability=plots.draw_reliability(found.papers["label"].to_numpy(), found.probs),
-        strongest=found.metrics.get("baseline", {}).get("strongest", {}),
+        keywords=keywords,
+        keyword_rows=[{"score": name.replace("_", " "), "value": number(value)} for name, value in found.items()],
+        curves=draw_all_curves(folder, metrics),
+        reliability=plots.draw_reliability(papers["label"].to_numpy(), probs),
+        strongest=metrics.get("baseline", {}).get("strongest", {}),
         hardest=rows,
         details=details,
     )

@@ -13,11 +13,12 @@ import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
 import common
-from lib import cli
+from lib import cli, results
 
 KIT = Path(__file__).resolve().parent.parent
 SAMPLE = KIT / "data" / "sample"
@@ -113,6 +114,24 @@ def test_b(tmp_path):
     papers = pd.read_csv(SAMPLE / "test.csv", dtype=str, keep_default_na=False).iloc[::-1].head(7)
     papers.to_csv(tmp_path / "testB.csv", index=False)
     return papers
+
+
+@pytest.fixture
+def model(tmp_path, papers):
+    """Write what a model leaves: made-up probabilities, worse as `noise` grows, further metrics and its log.csv."""
+
+    def write(name, noise, held_out=slice(None), papers=papers, test_probs=None, log=None, **metrics):
+        train, test = papers
+        random, held = np.random.default_rng(list(name.encode())), train.iloc[held_out]
+        labels = [held["label"], pd.read_csv(SAMPLE / "test_labels.csv")["label"]]
+        valid, guessed = (np.clip(y + noise * random.normal(size=len(y)), 0, 1) for y in labels)
+        metrics = {"papers": results.paper_record(train, test, len(held)), "fields": ["title"], **metrics}
+        folder = tmp_path / "outputs" / name
+        results.save_results(folder, metrics, test, guessed if test_probs is None else test_probs, held, valid)
+        if log is not None:
+            (folder / "log.csv").write_text(log)
+
+    return write
 
 
 # ---- tiny models with random weights ---------------------------------------------------------------------------------
