@@ -9,7 +9,7 @@ import pytest
 import test_training as loop
 import torch
 from accelerate.state import AcceleratorState
-from transformers import PreTrainedModel
+from transformers import LlamaConfig, PreTrainedModel
 
 import bert_finetune
 import lora_finetune
@@ -101,8 +101,12 @@ def test_auto_takes_what_fits(free, four_bit, name):
         (3.8, 4, 28, 2048, True),  # on 8 GB
     ],
 )
-def test_checkpointing_where_it_is_needed(free, papers, layers, width, needed):
-    assert llm.needs_checkpointing(free, papers, 512, layers, width) == needed
+def test_checkpointing_where_it_is_needed(monkeypatch, free, papers, layers, width, needed):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free * 2**30, None))
+    config = LlamaConfig(num_hidden_layers=layers, hidden_size=width)
+    args = Namespace(batch_size=2 * papers, accumulate=2, cpu_piece=2, max_length=512)
+    model = Namespace(device=torch.device("cuda"), config=config)
+    assert lora_finetune.needs_checkpointing(model, args) == needed
 
 
 @pytest.mark.parametrize("script", ["lora_finetune.py", "bert_finetune.py"])

@@ -204,51 +204,41 @@ def test_control_tokens_in_a_paper_are_plain_text(tokenizer, items):
         assert plain.count(token) == attack.count(token)
 
 
-DATED = "{{ strftime_now('%Y') }} {{ messages[0].content }} A:"
-PARTS = "{% for p in messages[0].content %}[{{ p.type }}] {{ p.text }}{% endfor %} A:"
+ASKS = "{{ messages[0].content }}"
+PARTS = "{% for part in messages[0].content %}{{ part.text }}{% endfor %} A:"  # a content that isn't a string
 
 
 @pytest.mark.parametrize(
     ("template", "prompt"),
     [
         (None, "do\nthis\nAnswer:"),
-        (DATED, "2025 do\nthis A:"),
-        (PARTS, "[text] do\nthis A:"),
-        ("{{ messages[0].content }}{% if enable_thinking %}no{% endif %} A:", "do\nthis A:"),
-        ("{{ messages[0].content }} <think>\n", "do\nthis <think>\n\n</think>\n\n"),
+        ("{{ strftime_now('%Y') }} " + ASKS, "2025 do\nthis"),
+        (ASKS + "{% if enable_thinking %}no{% endif %}", "do\nthis"),
+        (ASKS + " <think>\n", "do\nthis <think>\n\n</think>\n\n"),
+        (ASKS + " [THINK]", "do\nthis [THINK]\n\n[/THINK]\n\n"),
+        (ASKS + " <think></think>", "do\nthis <think></think>"),
+        (ASKS + " <think> A:", "do\nthis <think> A:"),
     ],
 )
 def test_prompts_of_odd_templates(tokenizer, template, prompt):
     tokenizer.chat_template = template
     assert llm.render(tokenizer, "do", "this") == prompt
-    assert llm.prompt_form(tokenizer).count(llm.HOLE) == 1
+    assert llm.describe_prompt(tokenizer)["prompt"].count(llm.HOLE) == 1
 
 
 @pytest.mark.parametrize(
     ("template", "words"),
     [
         ("hello {{ messages[0].role }}", "drops the paper"),
+        (PARTS, "drops the paper"),
         ("{{ raise_exception('system only') }}", "system only"),
-        ("{{ messages[0].content }}<|im_end|>\n", "ends the conversation"),
+        (ASKS + "<|im_end|>\n", "ends the conversation"),
     ],
 )
 def test_templates_that_cannot_ask_are_refused(tokenizer, template, words):
     tokenizer.chat_template = template
     with pytest.raises(InputError, match=f"--model: its chat template .*{words}.* another model"):
-        llm.prompt_form(tokenizer)
-
-
-@pytest.mark.parametrize(
-    ("prompt", "closed"),
-    [
-        ("a <think>", "a <think>\n\n</think>\n\n"),
-        ("a [THINK]\n", "a [THINK]\n\n[/THINK]\n\n"),
-        ("a <think>\n\n</think>\n\n", "a <think>\n\n</think>\n\n"),
-        ("a <think> b", "a <think> b"),
-    ],
-)
-def test_an_open_thinking_part_is_closed(prompt, closed):
-    assert llm.close_thinking(prompt) == closed
+        llm.describe_prompt(tokenizer)
 
 
 # ---- the scripts -----------------------------------------------------------------------------------------------------
@@ -345,8 +335,8 @@ def test_the_embedded_model_is_unpacked_once_and_nothing_else_is_touched(tmp_pat
     made, other = [], tmp_path / ".cache" / ".chatglm2.99.part"  # what another program writes there
     other.mkdir(parents=True)
     monkeypatch.setattr(llm, "KIT", tmp_path)
-    monkeypatch.setattr(llm, "dequantise", lambda source, name, folder: (folder.mkdir(), made.append(name)))
-    assert llm.embedded_folder() == llm.embedded_folder() and made == [llm.EMBEDDED] and other.is_dir()
+    monkeypatch.setattr(llm, "dequantise", lambda folder: (folder.mkdir(), made.append(folder)))
+    assert llm.embedded_folder() == llm.embedded_folder() and len(made) == 1 and other.is_dir()
 
 
 def test_p_tuning(kit, lora, tiny_llm):
@@ -374,40 +364,35 @@ def test_predict_only(kit, lora, test_b):
     assert kit("blend.py", "--test", "testB.csv", "--fields", "title").returncode == 0
 
 
-def test_folds_resumed_equal_uninterrupted_and_are_averaged(kit, tmp_path, tiny_llm, monkeypatch):
-    few = ["--folds", "2", "--batch-size", "1", "--accumulate", "1", "--save-minutes", "0"]
-    command = ["lora_finetune.py", "--model", tiny_llm, *TINY, *few]
+def test_folds_are_averaged(kit, tmp_path, tiny_llm):
+    """Each adapter knows the papers that it has not seen, wherever it is."""
     assert kit("make_llm_data.py", "--fields", "title", "--limit", "24").returncode == 0
-    assert kit(*command, "--name", "whole").returncode == 0
-    losses, calls = lora_finetune.Task.losses, []
-
-    def dying(*arguments):
-        calls.append(1)
-        if len(calls) > 12 + 10:  # of 12 steps a fold
-            raise KeyboardInterrupt
-        return losses(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(lora_finetune.Task, "losses", dying)
-        assert kit(*command, "--name", "cut").returncode == 130
-    refusal = kit("lora_predict.py", "--name", "cut")
-    assert refusal.returncode == 2
-    resumed = kit(*command, "--name", "cut", "--resume")
-    assert resumed.returncode == 0 and "resumed after 0 epochs and 10 steps" in resumed.stderr, resumed.stderr
-    whole, cut = tmp_path / "outputs" / "whole", tmp_path / "outputs" / "cut"
-    for fold in ("fold1", "fold2"):
-        for name in ("best/adapter_model.safetensors", "best/kit.json", "log.csv"):
-            assert (whole / fold / name).read_bytes() == (cut / fold / name).read_bytes()
-
-    found, moved = [], tmp_path / "fold1" / "best"  # an adapter knows its papers wherever it is
-    shutil.copytree(whole / "fold2" / "best", moved)
-    for flags in ([], ["--adapter", whole / "fold1/best"], ["--adapter", moved]):
-        done = kit("lora_predict.py", "--name", "whole", *flags, "--limit", "24")
+    assert kit("lora_finetune.py", "--model", tiny_llm, *TINY, "--folds", "2").returncode == 0
+    lora, moved, found = tmp_path / "outputs" / "lora", tmp_path / "fold1" / "best", []
+    shutil.copytree(lora / "fold2" / "best", moved)
+    for flags in ([], ["--adapter", lora / "fold1/best"], ["--adapter", moved]):
+        done = kit("lora_predict.py", *flags, "--limit", "24")
         assert done.returncode == 0, done.stderr
-        found.append([probs_of(whole / name) for name in ("test.csv", "valid.csv")])
+        found.append([probs_of(lora / name) for name in ("test.csv", "valid.csv")])
     (test, valid), *folds = found
     assert np.allclose(test, np.mean([fold[0] for fold in folds], axis=0), atol=1e-5)
     assert len(valid) == 24 and np.allclose(valid, pd.concat([fold[1] for fold in folds])[valid.index], atol=1e-5)
+
+
+def test_an_adapter_that_learns_nothing_is_refused_after_an_epoch(kit, lora, tiny_llm, monkeypatch):
+    """Not after hours, by lora_predict.py."""
+    monkeypatch.setattr(lora_finetune.Task, "losses", lambda task, scorer, papers: 0 * scorer(papers))
+    done = kit("lora_finetune.py", "--model", tiny_llm, *TINY, "--epochs", 2, "--name", "new")
+    assert done.returncode == 2 and "the adapter changes nothing" in done.stderr
+    assert "epoch 1: train loss" in done.stderr and "epoch 2: train loss" not in done.stderr
+
+
+def test_predict_only_keeps_nothing_of_another_adapter(kit, lora, tiny_llm):
+    """Held-out scores are of the adapter that has scored the test papers, or there are none."""
+    assert kit("lora_finetune.py", "--model", tiny_llm, *TINY, "--name", "new").returncode == 0
+    adapter = lora.parent / "new" / "best"
+    assert kit("lora_predict.py", "--predict-only", "--adapter", adapter).returncode == 0
+    assert not (lora / "valid.csv").exists() and "scores" not in json.loads((lora / "metrics.json").read_text())
 
 
 def test_a_held_out_paper_shapes_nothing(kit, tmp_path, tiny_llm, papers):
@@ -459,7 +444,7 @@ def published_chatglm2(lora):
         (None, ["TRAIN", "--model", "no/such-model"], ["--model no/such-model"]),
         (published_chatglm2, ["TRAIN", "--model", "chatglm2-6b"], ["convert_chatglm2.py"]),
         (None, ["lora_predict.py", "--fields", "abstract"], ["--fields", "title"]),
-        (None, ["lora_predict.py", "--model", "embedded"], ["--model embedded", "trained with"]),
+        (None, ["lora_predict.py", "--model", "embedded"], ["--model", "trained with"]),
         (None, ["lora_predict.py", "--train", "other.csv"], ["other papers"]),
         (no_matrices, ["lora_predict.py"], ["changes nothing"]),
         (lambda lora: edit_json(lora / "best" / "kit.json", prompt="another"), ["lora_predict.py"], ["prompt"]),
@@ -480,7 +465,7 @@ def test_refuses(refused, lora, tmp_path, tiny_llm, papers, spoil, command, word
 @pytest.mark.slow
 def test_two_processes_equal_one(kit, tmp_path, tiny_llm):
     """37 test and 4 held-out papers divide by nothing."""
-    data, train = ["--fields", "title", "--limit", "37"], ["--model", tiny_llm, *TINY]
+    data, train = ["--fields", "title", "--limit", "37"], ["--model", tiny_llm, *TINY, "--epochs", "2"]
     (tmp_path / "two").mkdir()
     kit("make_llm_data.py", *data, "--out-dir", tmp_path / "two")
     for script, more in (("lora_finetune.py", train), ("lora_predict.py", ["--limit", "37"])):
