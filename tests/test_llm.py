@@ -331,14 +331,6 @@ def test_resume_takes_the_model_that_it_was(tmp_path):
         assert lora_finetune.find_model(training.make_accelerator("fp32"), args, tmp_path) == name
 
 
-def test_the_embedded_model_is_unpacked_once_and_nothing_else_is_touched(tmp_path, monkeypatch):
-    made, other = [], tmp_path / ".cache" / ".chatglm2.99.part"  # what another program writes there
-    other.mkdir(parents=True)
-    monkeypatch.setattr(llm, "KIT", tmp_path)
-    monkeypatch.setattr(llm, "dequantise", lambda folder: (folder.mkdir(), made.append(folder)))
-    assert llm.embedded_folder() == llm.embedded_folder() and len(made) == 1 and other.is_dir()
-
-
 def test_p_tuning(kit, lora, tiny_llm):
     for command in (["lora_finetune.py", "--model", tiny_llm, *TINY, "--method", "p-tuning-v2"], ["lora_predict.py"]):
         done = kit(*command)
@@ -346,22 +338,36 @@ def test_p_tuning(kit, lora, tiny_llm):
     check_adapter(lora, tiny_llm)
 
 
-def test_untrained_model(kit, tmp_path, tiny_llm):
-    """It is a model like any other: blend.py shows what training gains."""
-    done = kit("lora_predict.py", "--adapter", "none", "--model", tiny_llm, "--fields", "title")
-    assert done.returncode == 0 and "untrained, test" in done.stdout
-    assert len(probs_of(tmp_path / "outputs/untrained/valid.csv")) == 12
-    assert kit("blend.py", "--fields", "title").returncode == 0
+def test_untrained_model(kit, tmp_path, tiny_llm, test_b):
+    """It is a model like any other: blend.py shows what training gains. Every test file is read by the same fields."""
+    folder, command = tmp_path / "outputs/untrained", ["lora_predict.py", "--adapter", "none", "--model", tiny_llm]
+    for flags, test in (([], []), (["--predict-only"], ["--test", "testB.csv"])):
+        done = kit(*command, *flags, *test)
+        assert done.returncode == 0 and ("untrained, test" in done.stdout) == (not flags), done.stderr
+        assert json.loads((folder / "metrics.json").read_text())["fields"] == FIELDS
+        assert len(probs_of(folder / "valid.csv")) == 12
+        assert kit("blend.py", *test).returncode == 0
 
 
-def test_predict_only(kit, lora, test_b):
-    valid, before = (lora / "valid.csv").read_bytes(), probs_of(lora / "test.csv")
-    done = kit("lora_predict.py", "--predict-only", "--test", "testB.csv")
+def scale_matrices(folder, factor):
+    path = folder / "adapter_model.safetensors"
+    save_file({name: w * (factor if "lora_B" in name else 1) for name, w in load_file(path).items()}, path)
+
+
+def test_predict_only(kit, lora, tmp_path, test_b):
+    """Held-out scores stay if they are of the adapter that scores the new papers, else they go."""
+    command, valid, before = ["lora_predict.py", "--predict-only"], lora / "valid.csv", probs_of(lora / "test.csv")
+    written = valid.read_bytes()
+    done = kit(*command, "--test", "testB.csv")
     assert done.returncode == 0 and "test papers" not in done.stdout, "there are no labels of testB.csv"
     after = probs_of(lora / "test.csv")
     assert after.index.tolist() == test_b["uuid"].tolist() and np.allclose(after, before[after.index], atol=1e-4)
-    assert (lora / "valid.csv").read_bytes() == valid
+    assert valid.read_bytes() == written
     assert kit("blend.py", "--test", "testB.csv", "--fields", "title").returncode == 0
+
+    scale_matrices(shutil.copytree(lora / "best", tmp_path / "other"), 2)
+    assert kit(*command, "--adapter", "other").returncode == 0
+    assert not valid.exists() and "scores" not in json.loads((lora / "metrics.json").read_text())
 
 
 def test_folds_are_averaged(kit, tmp_path, tiny_llm):
@@ -385,14 +391,6 @@ def test_an_adapter_that_learns_nothing_is_refused_after_an_epoch(kit, lora, tin
     done = kit("lora_finetune.py", "--model", tiny_llm, *TINY, "--epochs", 2, "--name", "new")
     assert done.returncode == 2 and "the adapter changes nothing" in done.stderr
     assert "epoch 1: train loss" in done.stderr and "epoch 2: train loss" not in done.stderr
-
-
-def test_predict_only_keeps_nothing_of_another_adapter(kit, lora, tiny_llm):
-    """Held-out scores are of the adapter that has scored the test papers, or there are none."""
-    assert kit("lora_finetune.py", "--model", tiny_llm, *TINY, "--name", "new").returncode == 0
-    adapter = lora.parent / "new" / "best"
-    assert kit("lora_predict.py", "--predict-only", "--adapter", adapter).returncode == 0
-    assert not (lora / "valid.csv").exists() and "scores" not in json.loads((lora / "metrics.json").read_text())
 
 
 def test_a_held_out_paper_shapes_nothing(kit, tmp_path, tiny_llm, papers):
@@ -421,11 +419,6 @@ def fewer_items(lora):
     path.write_text(json.dumps(json.loads(path.read_text())[1:]))
 
 
-def no_matrices(lora):
-    path = lora / "best" / "adapter_model.safetensors"
-    save_file({name: w * ("lora_B" not in name) for name, w in load_file(path).items()}, path)
-
-
 def published_chatglm2(lora):
     (lora.parent.parent / "chatglm2-6b").mkdir()
     edit_json(lora.parent.parent / "chatglm2-6b" / "config.json", model_type="chatglm")
@@ -446,7 +439,7 @@ def published_chatglm2(lora):
         (None, ["lora_predict.py", "--fields", "abstract"], ["--fields", "title"]),
         (None, ["lora_predict.py", "--model", "embedded"], ["--model", "trained with"]),
         (None, ["lora_predict.py", "--train", "other.csv"], ["other papers"]),
-        (no_matrices, ["lora_predict.py"], ["changes nothing"]),
+        (lambda lora: scale_matrices(lora / "best", 0), ["lora_predict.py"], ["changes nothing"]),
         (lambda lora: edit_json(lora / "best" / "kit.json", prompt="another"), ["lora_predict.py"], ["prompt"]),
         (lambda lora: (lora / "training.json").unlink(), ["lora_predict.py"], ["isn't finished", "--adapter"]),
     ],
@@ -465,23 +458,21 @@ def test_refuses(refused, lora, tmp_path, tiny_llm, papers, spoil, command, word
 @pytest.mark.slow
 def test_two_processes_equal_one(kit, tmp_path, tiny_llm):
     """37 test and 4 held-out papers divide by nothing."""
-    data, train = ["--fields", "title", "--limit", "37"], ["--model", tiny_llm, *TINY, "--epochs", "2"]
-    (tmp_path / "two").mkdir()
-    kit("make_llm_data.py", *data, "--out-dir", tmp_path / "two")
-    for script, more in (("lora_finetune.py", train), ("lora_predict.py", ["--limit", "37"])):
-        process = start(script, tmp_path / "two", *more, launcher=TWO_PROCESSES)
+    two, limit = tmp_path / "two", ["--limit", "37"]
+    data = ["make_llm_data.py", "--fields", "title", *limit]
+    train, predict = ["lora_finetune.py", "--model", tiny_llm, *TINY, "--epochs", "2"], ["lora_predict.py", *limit]
+    two.mkdir()
+    kit(*data, "--out-dir", two)
+    for script, *flags in (train, predict):
+        process = start(script, two, *flags, launcher=TWO_PROCESSES)
         stderr = process.communicate()[1]
         assert process.returncode == 0 and "× 2 processes" in stderr and stderr.count("wrote ") == 1, stderr
-    kit("make_llm_data.py", *data)
-    assert kit("lora_finetune.py", *train).returncode == 0
-    assert kit("lora_predict.py", "--limit", "37").returncode == 0
-    again = ["--limit", "37", "--adapter", tmp_path / "two/lora/best", "--name", "again"]
-    assert kit("lora_predict.py", *again).returncode == 0
+    for command in (data, train, predict, [*predict, "--adapter", two / "lora/best", "--name", "same"]):
+        assert kit(*command).returncode == 0
     for name in ("valid.csv", "test.csv"):
-        two, one, again = (probs_of(tmp_path / place / name) for place in ("two/lora", "outputs/lora", "outputs/again"))
-        assert two.index.equals(one.index) and two.index.equals(again.index)
-        assert np.allclose(one, two, atol=1e-4)
-        assert np.allclose(again, two, atol=1e-5), "the same adapter"
+        want, one, same = (probs_of(tmp_path / place / name) for place in ("two/lora", "outputs/lora", "outputs/same"))
+        assert want.index.equals(one.index) and np.allclose(one, want, atol=1e-4)
+        assert want.index.equals(same.index) and np.allclose(same, want, atol=1e-5), "the same adapter"
 
 
 @pytest.mark.slow
