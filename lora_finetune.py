@@ -7,7 +7,7 @@
     accelerate launch lora_finetune.py                         on every GPU of the machine
 
 In: outputs/paper_label.json, paper_label_valid.json, paper_label_source.json, train.csv. Out, under outputs/lora/
-(--name): best/ (the adapter in peft's form, with kit.json: base model, prompt, instruction, fields, split, settings),
+(--name): best/ (the adapter in peft's form, with kit.json: base model, prompt, instruction, fields, split, flags),
 log.csv, training.json (how long it took), last.safetensors (to resume from). With --folds or --seeds: fold1/ ...,
 seed42/ ... lora_predict.py makes the predictions.
 """
@@ -15,7 +15,6 @@ seed42/ ... lora_predict.py makes the predictions.
 import argparse
 import hashlib
 import json
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -32,54 +31,43 @@ SHAPING += ("short_copies", *training.SHAPING)
 # ---- instruction data ------------------------------------------------------------------------------------------------
 
 
-def read_items(path):
-    """(training items, held-out items, record) from paper_label.json and the files beside it. Raises InputError if one
-    is missing or is not what make_llm_data.py writes.
+def read_data(args):
+    """(papers of train.csv, their items in the same order, the record of make_llm_data.py). Raises InputError if its
+    files are missing, are not what it writes, or are about other papers.
     """
-    paths = [path, *(path.with_name(f"{path.stem}_{part}.json") for part in ("valid", "source"))]
-    missing = [each for each in paths if not each.is_file()]
-    if missing:
-        raise InputError(f"{missing[0]}: no such file; run make_llm_data.py first")
-    train, held_out = parts = [files.read_json(each) for each in paths[:2]]
-    for each, part in zip(paths, parts):
-        good = isinstance(part, list) and part and all(isinstance(item, dict) for item in part)
-        if not good or any({"instruction", "input", "output"} - item.keys() or not item["output"] for item in part):
-            raise InputError(f"{each}: want a list of instruction, input and output: run make_llm_data.py again")
-    instructions = {item["instruction"] for item in train + held_out}
-    if len(instructions) > 1:
-        raise InputError(f"{path} has {len(instructions)} different instructions ({few(instructions, 2)}): use one, "
-                         f"in {paths[1].name}, too")  # fmt: skip
-    return train, held_out, files.read_json(paths[2], fields=list, seed=int, valid_ratio=float, train=str)
-
-
-def read_train(args, record, path):
-    """The training papers that the instruction data was made from. Raises InputError if they have changed since."""
+    source = args.out_dir / "paper_label_source.json"
+    record = files.read_json(source, fields=list, seed=int, valid_ratio=float, train=str)
+    if not record:
+        raise InputError(f"{source}: no such file; run make_llm_data.py first")
     train = common.read_papers(args.train, labelled=True)
     train = train.head(record.get("limit") or len(train))
     if results.fingerprint(train) != record["train"]:
-        raise InputError(f"{path} was made from other papers than {args.train}: run make_llm_data.py again")
-    return train
+        raise InputError(f"{source} is about other papers than {args.train}: run make_llm_data.py again")
+    held_out = common.split_papers(train, record["valid_ratio"], record["seed"])
+    asked = np.empty(len(train), dtype=object)
+    for name, place in (("paper_label.json", ~held_out), ("paper_label_valid.json", held_out)):
+        asked[place] = read_items(args.out_dir / name, place.sum())
+    instructions = {item["instruction"] for item in asked}
+    if len(instructions) > 1:
+        raise InputError(f"paper_label.json and paper_label_valid.json in {args.out_dir} have {len(instructions)} "
+                         f"different instructions ({few(instructions, 2)}): use one")  # fmt: skip
+    return train, list(asked), record
 
 
-def encode_train(tokenizer, args, path, held_out, parts):
-    """The papers of train.csv in its order, encoded: object array [papers]. parts: training and held-out items. Raises
-    InputError if some were added or removed.
-    """
-    papers = np.empty(len(held_out), dtype=object)
-    for part, place in zip(parts, (~held_out, held_out)):
-        if len(part) != place.sum():
-            raise InputError(f"{path} or its _valid.json has {len(part)} items for {place.sum()} papers: run "
-                             "make_llm_data.py again; change texts there, but not their number")  # fmt: skip
-        papers[place] = llm.encode_items(tokenizer, part, args.max_length)
-    return papers
+def is_item(value):
+    return isinstance(value, dict) and {"instruction", "input"} <= value.keys() and value.get("output") in ("0", "1")
 
 
-def encode_copies(tokenizer, train, args, instruction):
-    """The short copies of papers to learn from, encoded: a list of papers for training.py."""
-    copies = []
-    for papers in items.short_copies(train, args.fields):
-        copies += llm.encode_items(tokenizer, items.build_items(papers, args.fields, instruction), args.max_length)
-    return copies
+def read_items(path, count):
+    """The items in a file of make_llm_data.py, a list of dicts. Raises InputError unless it has `count` of them."""
+    found = files.read_json(path)
+    if not isinstance(found, list) or not all(map(is_item, found)):
+        raise InputError(f"{path} is missing or not a list of instruction, input and output (0 or 1): run "
+                         "make_llm_data.py again")  # fmt: skip
+    if len(found) != count:
+        raise InputError(f"{path} has {len(found)} items for {count} papers: run make_llm_data.py again; change texts "
+                         "there, but not their number")  # fmt: skip
+    return found
 
 
 # ---- adapter ---------------------------------------------------------------------------------------------------------
@@ -112,13 +100,16 @@ def add_adapter(model, args, seed):
 
 
 def needs_checkpointing(model, args):
-    """llm.needs_checkpointing for the memory that the loaded model leaves on its GPU; False on a CPU."""
+    """Whether a training step without gradient checkpointing may take more memory than the loaded model leaves on its
+    GPU. It keeps some 70 bytes for each token, layer and hidden value; 48 to 65 were counted. False on a CPU.
+    """
     if model.device.type != "cuda":
         return False
     config = model.config.get_text_config()
     papers = -(-args.batch_size // training.count_pieces(args, model.device))
+    values = papers * args.max_length * config.num_hidden_layers * config.hidden_size
     free = torch.cuda.mem_get_info()[0] / 2**30
-    needed = llm.needs_checkpointing(free, papers, args.max_length, config.num_hidden_layers, config.hidden_size)
+    needed = 70 * values / 2**30 > 0.9 * free
     log(f"{free:.1f} GiB of GPU memory are left: {'with' if needed else 'without'} gradient checkpointing")
     return needed
 
@@ -135,7 +126,7 @@ class Task(llm.Task):
         self.kit = kit
 
     def save(self, scorer, folder):
-        llm.check_matrices(scorer)
+        llm.check_adapter(scorer, self.prompts)
         scorer.model.save_pretrained(folder, save_embedding_layers=False)  # True would ask the hub each time
         files.write_json(folder / "kit.json", self.kit)
 
@@ -145,10 +136,7 @@ class Task(llm.Task):
 
 def train_adapters(accelerator, args, folder):
     """Train on paper_label.json, and leave adapters and records in folder."""
-    path = args.data or args.out_dir / "paper_label.json"
-    train_items, valid_items, record = read_items(path)
-    args.fields = record["fields"]
-    train = read_train(args, record, path)
+    train, asked, record = read_data(args)
     split = {"seed": record["seed"], "valid_ratio": record["valid_ratio"], "folds": args.folds, "seeds": args.seeds}
     plans = training.make_plans(train, split, args.seed)
 
@@ -157,17 +145,17 @@ def train_adapters(accelerator, args, folder):
     args.lr = args.lr or default_lr(args.method, model)
     virtual = args.virtual_tokens if args.method == "p-tuning-v2" else 0
     args.max_length = llm.fit_length(model, args.max_length or llm.default_length(args.model), virtual)
-    held_out = common.split_papers(train, record["valid_ratio"], record["seed"])
-    papers = encode_train(tokenizer, args, path, held_out, (train_items, valid_items))
     kit = {
         "model": args.model,
-        "fields": args.fields,
-        "instruction": train_items[0]["instruction"],
+        "fields": record["fields"],
+        "instruction": asked[0]["instruction"],
         **llm.describe_prompt(tokenizer),
-        "settings": {name: getattr(args, name) for name in SHAPING} | {"precision": accelerator.mixed_precision},
         "split": split | {"limit": record.get("limit"), "train": record["train"]},
-        "items": hashlib.sha256(json.dumps([train_items, valid_items]).encode()).hexdigest()[:16],
+        "items": hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16],
+        **{name: getattr(args, name) for name in SHAPING},
+        "precision": accelerator.mixed_precision,
     }
+    papers = np.array(llm.encode_items(tokenizer, asked, args.max_length))
     model = add_adapter(model, args, plans[0].seed)  # what can't be trained is refused before anything is cleared
     if accelerator.is_main_process:
         training.begin(folder, [folder / plan.name for plan in plans], args.resume)
@@ -178,12 +166,7 @@ def train_adapters(accelerator, args, folder):
             log(f"model {len(runs) + 1} of {len(plans)}: {plan.name}")
         if model is None:
             model = add_adapter(llm.load_llm(args.model, accelerator, args.load_in_4bit)[0], args, plan.seed)
-        learned = list(papers[~plan.held_out])
-        if args.short_copies:
-            learned += encode_copies(tokenizer, train[~plan.held_out], args, kit["instruction"])
-        run = train_one(accelerator, args, plan, folder, kit, model, tokenizer, learned, list(papers[plan.held_out]))
-        run["papers"] *= (~plan.held_out).sum() / len(learned)  # a paper and its copies count as one
-        runs.append(run)
+        runs.append(train_one(accelerator, args, plan, folder, kit, model, tokenizer, train, papers))
         model = None
         accelerator.free_memory()
     if accelerator.is_main_process:
@@ -196,16 +179,23 @@ def find_model(accelerator, args, folder):
     return state["settings"]["model"] if state else llm.find_model(args.model, accelerator, args.load_in_4bit)
 
 
-def train_one(accelerator, args, plan, folder, kit, model, tokenizer, learned, held_out):
-    """Train the adapter of a peft model and leave it in the plan's folder. Returns what training.fit returns."""
-    scorer = llm.Scorer(model, tokenizer)
-    task = Task(held_out, kit | {"seed": plan.seed, "plan": plan.name})
+def train_one(accelerator, args, plan, folder, kit, model, tokenizer, train, papers):
+    """Train the adapter of a peft model and leave it in the plan's folder. `papers`: those of `train`, encoded. Returns
+    what training.fit returns.
+    """
+    learned, held_out = list(papers[~plan.held_out]), list(papers[plan.held_out])
+    if args.short_copies:
+        for copies in items.short_copies(train[~plan.held_out], kit["fields"]):
+            asked = items.build_items(copies, kit["fields"], kit["instruction"])
+            learned += llm.encode_items(tokenizer, asked, args.max_length)
+    kit = kit | {"seed": plan.seed, "plan": plan.name}
     own_args = argparse.Namespace(**vars(args) | {"seed": plan.seed})
-    record = {**kit["settings"], **{key: kit[key] for key in ("model", "fields", "items", "split")}, "seed": plan.seed}
-    run = folder / plan.name
-    done = training.fit(accelerator, scorer, task, learned, held_out, run, own_args, record, shape="cosine")
-    llm.check_adapter(scorer.to(accelerator.device), held_out)
-    return done
+    scorer, task = llm.Scorer(model, tokenizer), Task(held_out, kit)
+    run = training.fit(
+        accelerator, scorer, task, learned, held_out, folder / plan.name, own_args, kit, shape="cosine"
+    )
+    run["papers"] *= (~plan.held_out).sum() / len(learned)  # a paper and its copies count as one
+    return run
 
 
 def write_summary(accelerator, folder, plans, runs):
@@ -228,7 +218,6 @@ def parse_args():
     add = parser.add_argument_group("model and adapter").add_argument
     add("--model", default="auto", metavar="M", help=f"hub name, directory, 'embedded' (SmolLM2-135M), or 'auto': "
         f"with CUDA {llm.AUTO}, or a smaller Qwen3 that fits; embedded without")  # fmt: skip
-    add("--data", type=Path, metavar="FILE", help="default: paper_label.json under --out-dir")
     add("--name", default="lora", help="folder under --out-dir, default %(default)s")
     add("--method", choices=("lora", "p-tuning-v2"), default="lora", help="default %(default)s")
     add("--rank", type=positive_int, default=8, metavar="R", help="of LoRA, default %(default)s")

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from peft import PeftModel
 
 import common
@@ -28,7 +29,7 @@ def read_kit(folder):
             raise InputError(f"{folder} has no {name}: run lora_finetune.py first, or give --adapter, --name or none")
     hub.check_folder(folder)
     types = {"model": str, "prompt": str, "instruction": str, "fields": list, "answers": list, "split": dict}
-    return files.read_json(folder / "kit.json", settings=dict, plan=str, **types)
+    return files.read_json(folder / "kit.json", max_length=int, plan=str, **types)
 
 
 def find_adapters(args, folder):
@@ -44,63 +45,51 @@ def find_adapters(args, folder):
 
 def untrained_kit(args, accelerator):
     """A record, like an adapter's, of the model without one."""
-    fields = args.fields or (["title", "abstract"] if args.predict_only else common.load_papers(args)[2])
-    split = {"seed": 42, "valid_ratio": 0.1, "folds": None, "seeds": None, "limit": args.limit, "train": None}
+    fields = common.load_papers(args)[2]
     model = llm.find_model(args.model or "auto", accelerator)
-    return {"model": model, "fields": fields, "instruction": None, "plan": ".", "settings": {}, "split": split}
+    length = llm.default_length(model)
+    split = {"seed": 42, "valid_ratio": 0.1, "folds": None, "seeds": None, "limit": args.limit, "train": None}
+    return {"model": model, "fields": fields, "instruction": None, "plan": ".", "max_length": length, "split": split}
 
 
-def read_both(args, kit):
-    """(train or None, test): the papers that the adapter was trained with, and those to score."""
-    test = common.load_test(args, kit["fields"])
-    if args.predict_only:
-        return None, test
-    train = common.read_papers(args.train, labelled=True)
-    train = train.head(kit["split"]["limit"] or len(train))
-    if kit["split"]["train"] not in (None, results.fingerprint(train)):
-        raise InputError(f"the adapter was trained on other papers than {args.train}: retrain it, or --predict-only")
-    return train, test
+def read_train(path, split):
+    """The papers that the adapter was trained with. Raises InputError if they have changed since."""
+    train = common.read_papers(path, labelled=True)
+    train = train.head(split["limit"] or len(train))
+    if split["train"] not in (None, results.fingerprint(train)):
+        raise InputError(f"the adapter was trained on other papers than {path}: retrain it, or --predict-only")
+    return train
 
 
-def load_scorer(args, folder, kit, accelerator, some):
-    """(scorer, tokenizer): the base model with the adapter of `folder` (None: without one), on its device. Raises
-    InputError if model or prompt are not those that the adapter was trained with. `some`: items to try it on.
-    """
-    if args.model not in (None, "auto", kit["model"]):
-        raise InputError(f"--model {args.model}: the adapter was trained with {kit['model']}: leave --model out")
-    four_bit = kit["settings"].get("load_in_4bit", False)
-    model, tokenizer = llm.load_llm(kit["model"], accelerator, four_bit)
-    if not folder:
-        args.max_length = llm.fit_length(model, args.max_length)
-        return llm.Scorer(model, tokenizer).to(accelerator.device), tokenizer
+def load_adapter(model, tokenizer, folder, kit):
+    """The model with the adapter of `folder`. Raises InputError if that can't be loaded or learned another prompt."""
     form = llm.describe_prompt(tokenizer)
     changed = results.describe_changes({key: kit[key] for key in form}, form)
     if changed:
         raise InputError(f"{folder}: the prompt is not the one the adapter was trained with: {changed}; train it again")
     try:
-        model = PeftModel.from_pretrained(model, str(folder))
+        return PeftModel.from_pretrained(model, str(folder))
     except Exception as error:
         raise InputError(f"{folder} can't be loaded ({hub.first_line(error)}): run lora_finetune.py again") from None
-    scorer = llm.Scorer(model.to(accelerator.device), tokenizer)
-    args.max_length = llm.fit_length(model, args.max_length, scorer.virtual)
-    papers = llm.encode_items(tokenizer, some, args.max_length)
-    llm.check_adapter(scorer, papers)
-    if not scorer.virtual and not four_bit:  # a prefix can't be merged, and 4 bits would round what is merged
+
+
+def predict_one(accelerator, args, adapter, kit, papers):
+    """(P(label = 1) of each paper by the model with the adapter in the folder `adapter`, or None; seconds)."""
+    four_bit = kit.get("load_in_4bit", False)
+    model, tokenizer = llm.load_llm(kit["model"], accelerator, four_bit)
+    if adapter:
+        model = load_adapter(model, tokenizer, adapter, kit)
+    scorer = llm.Scorer(model, tokenizer).to(accelerator.device)
+    length = llm.fit_length(model, args.max_length, scorer.virtual)
+    papers = llm.encode_items(tokenizer, items.build_items(papers, kit["fields"], kit["instruction"]), length)
+    if adapter:
+        llm.check_adapter(scorer, papers)
+    if adapter and not scorer.virtual and not four_bit:  # a prefix can't be merged, 4 bits would round what is merged
         llm.merge_adapter(scorer, papers)
-    return scorer, tokenizer
-
-
-def predict_one(accelerator, args, adapter, kit, held_out, test):
-    """(P(label = 1) of the held-out papers, of the test papers, seconds). held_out may have no papers."""
-    asked = [item for part in (held_out, test) for item in items.build_items(part, kit["fields"], kit["instruction"])]
-    scorer, tokenizer = load_scorer(args, adapter, kit, accelerator, asked[:4])
-    papers = llm.encode_items(tokenizer, asked, args.max_length)
     log(f"{len(papers)} papers to score; {kit['model']}, {training.describe(accelerator)}")
     started = time.perf_counter()
     probs = training.predict(accelerator, scorer, papers, llm.Task(papers), args.batch_size)
-    if not adapter:
-        probs = calibrate(probs)
-    return *np.split(probs, [len(held_out)]), time.perf_counter() - started
+    return probs if adapter else calibrate(probs), time.perf_counter() - started
 
 
 def calibrate(probs):
@@ -111,45 +100,55 @@ def calibrate(probs):
 
 def predict(accelerator, args, folder, adapters, kits):
     """Score the papers with each adapter, average, and write the folder's files."""
-    train, test = read_both(args, kits[0])
-    plans, found = [], []
-    if train is not None:  # each adapter with the papers that its own training held out
+    test = common.load_test(args, kits[0]["fields"])
+    train, plans, held_out, found = None, [], [test.head(0)] * len(kits), []
+    if not args.predict_only:  # each adapter with the papers that its own training held out
+        train = read_train(args.train, kits[0]["split"])
         plans = {plan.name: plan for plan in training.make_plans(train, kits[0]["split"], kits[0].get("seed", 42))}
         plans = [plans[kit["plan"]] for kit in kits]
-    for place, (adapter, kit) in enumerate(zip(adapters, kits)):
-        held_out = train[plans[place].held_out] if plans else test.head(0)
-        found.append(predict_one(accelerator, args, adapter, kit, held_out, test))
+        held_out = [train[plan.held_out] for plan in plans]
+    for adapter, kit, valid in zip(adapters, kits, held_out):
+        papers = pd.concat([part[kit["fields"]] for part in (valid, test)])
+        probs, seconds = predict_one(accelerator, args, adapter, kit, papers)
+        found.append((probs[: len(valid)], probs[len(valid) :], seconds))
     if accelerator.is_main_process:
-        write_results(accelerator, args, folder, adapters, kits[0], plans, train, test, found)
+        write_results(accelerator, args, folder, adapters, kits, plans, train, test, found)
 
 
-def write_results(accelerator, args, folder, adapters, kit, plans, train, test, found):
-    """Write valid.csv, test.csv, metrics.json and the submission, and print the scores. `found`: of predict_one."""
+def earlier_metrics(folder, settings):
+    """What metrics.json says of training and held-out papers. If that is of other adapters, valid.csv goes, too."""
+    metrics = files.read_json(folder / "metrics.json", papers=dict)
+    if metrics.get("settings") == settings:
+        return metrics
+    (folder / "valid.csv").unlink(missing_ok=True)
+    return {"papers": {}}
+
+
+def write_results(accelerator, args, folder, adapters, kits, plans, train, test, found):
+    """Write valid.csv, test.csv, metrics.json and the submission, and print the scores. `plans`: none without train.
+    `found`: for each adapter (P of the held-out papers, of the test papers, seconds).
+    """
     valid_probs, test_probs, seconds = zip(*found)
+    scored = sum(map(len, valid_probs + test_probs))
     test_probs, seconds = np.mean(test_probs, axis=0), sum(seconds)
     weights = [(path / "adapter_model.safetensors").read_bytes() for path in adapters if path]
-    done = {} if args.adapter else files.read_json(folder / "training.json")
-    settings = kit["settings"] | {"model": kit["model"], "folders": done.get("folders", ["."])}
+    settings = kits[0] | {"folders": [kit["plan"] for kit in kits]}
     settings["adapter"] = [hashlib.sha256(data).hexdigest()[:16] for data in weights]
-    metrics = files.read_json(folder / "metrics.json", papers=dict)
-    held_out, probs, table = None, None, []
-    fields, count = " ".join(kit["fields"]), len(test)
-    if train is not None:
+    held_out, probs, table, fields = None, None, [], " ".join(kits[0]["fields"])
+    if plans:
         chosen, probs = training.average(plans, valid_probs)
         held_out = train[chosen]
-        count += len(held_out)
-        metrics = done | {"scores": results.scores(held_out["label"], probs)}
+        metrics = {} if args.adapter else files.read_json(folder / "training.json")
+        metrics["scores"] = results.scores(held_out["label"], probs)
+        metrics["seconds"] = round(metrics.get("train_seconds", 0) + seconds, 2)
         table.append((folder.name, metrics["scores"], f"{len(held_out)} held out, {fields}"))
-        if kit["split"]["seeds"]:
+        if kits[0]["split"]["seeds"]:
             metrics["seeds"] = [results.scores(held_out["label"], each) for each in valid_probs]
             table += training.spread_rows(folder.name, metrics["seeds"])
-        metrics["seconds"] = round(done.get("train_seconds", 0) + seconds, 2)
-    elif metrics.get("settings") != settings:  # what it says of training and held-out papers is of another adapter
-        metrics = {"papers": {}}
-        (folder / "valid.csv").unlink(missing_ok=True)
-    metrics |= {"fields": kit["fields"], "settings": settings}
-    metrics["predict_papers_per_second"] = round(count * len(found) / seconds, 3)
-    metrics |= training.environment(accelerator)
+    else:
+        metrics = earlier_metrics(folder, settings)
+    metrics |= {"fields": kits[0]["fields"], "settings": settings, **training.environment(accelerator)}
+    metrics["predict_papers_per_second"] = round(scored / seconds, 3)
     answers = results.read_labels(args.test, test)
     if answers is not None:
         note = f"{len(test)} test papers, {fields}"
@@ -168,7 +167,7 @@ def parse_args():
     add("--max-length", type=cli.positive_int, metavar="N", help="tokens a paper, default the adapter's")
     add("--batch-size", type=cli.positive_int, metavar="N", help=f"papers at once, default {training.CPU_BATCH}, with "
         f"CUDA {training.GPU_BATCH}, or what its memory allows")  # fmt: skip
-    add("--predict-only", action="store_true", help="score --test alone, without train.csv")
+    add("--predict-only", action="store_true", help="score --test alone; an adapter needs no train.csv for it")
     training.add_precision_flag(add)
     return parser.parse_args()
 
@@ -183,9 +182,10 @@ def main():
     else:
         adapters = find_adapters(args, folder)
         kits = [read_kit(adapter) for adapter in adapters]
-        if args.fields not in (None, kits[0]["fields"]):
-            raise InputError(f"--fields: the adapter reads {' '.join(kits[0]['fields'])}: leave --fields out")
-    args.max_length = args.max_length or kits[0]["settings"].get("max_length") or llm.default_length(kits[0]["model"])
+        for name in ("model", "fields"):
+            if getattr(args, name) not in (None, kits[0][name]):
+                raise InputError(f"--{name}: the adapter was trained with {kits[0][name]}: leave --{name} out")
+    args.max_length = args.max_length or kits[0]["max_length"]
     with files.locked(folder), training.explain(args, "the same command starts again"):
         predict(accelerator, args, folder, adapters, kits)
     accelerator.end_training()

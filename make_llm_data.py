@@ -17,8 +17,6 @@ from lib.files import atomic_write, write_json
 from lib.items import build_items
 from lib.results import fingerprint
 
-BLOCK = 10_000  # papers at a time, for the memory
-
 
 def dataset_info(names):
     """What LLaMA-Factory's dataset_info.json says about files in the alpaca form."""
@@ -28,13 +26,9 @@ def dataset_info(names):
 
 def write_items(path, papers, fields):
     """Write papers as a JSON list of items, one a line."""
-    with atomic_write(path) as part, open(part, "w", encoding="utf-8") as file:
-        before = "[\n"
-        for start in range(0, len(papers), BLOCK):
-            for item in build_items(papers[start : start + BLOCK], fields):
-                file.write(before + json.dumps(item, ensure_ascii=False))
-                before = ",\n"
-        file.write("\n]\n" if len(papers) else "[]\n")
+    lines = [json.dumps(item, ensure_ascii=False) for item in build_items(papers, fields)]
+    with atomic_write(path) as part:
+        part.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
 
 
 def main():

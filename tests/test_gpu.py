@@ -9,7 +9,7 @@ import pytest
 import test_training as loop
 import torch
 from accelerate.state import AcceleratorState
-from transformers import PreTrainedModel
+from transformers import LlamaConfig, PreTrainedModel
 
 import bert_finetune
 import lora_finetune
@@ -101,16 +101,21 @@ def test_auto_takes_what_fits(free, four_bit, name):
         (3.8, 4, 28, 2048, True),  # on 8 GB
     ],
 )
-def test_checkpointing_where_it_is_needed(free, papers, layers, width, needed):
-    assert llm.needs_checkpointing(free, papers, 512, layers, width) == needed
+def test_checkpointing_where_it_is_needed(monkeypatch, free, papers, layers, width, needed):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free * 2**30, None))
+    config = LlamaConfig(num_hidden_layers=layers, hidden_size=width)
+    args = Namespace(batch_size=2 * papers, accumulate=2, cpu_piece=2, max_length=512)
+    model = Namespace(device=torch.device("cuda"), config=config)
+    assert lora_finetune.needs_checkpointing(model, args) == needed
 
 
-@pytest.mark.parametrize("script", ["lora_finetune.py", "bert_finetune.py"])
-def test_a_fold_frees_its_model(kit, monkeypatch, tiny_llm, tiny_bert, script):
+@pytest.mark.parametrize("place", [llm, bert_finetune])
+def test_a_fold_frees_its_model(kit, monkeypatch, tiny_llm, tiny_bert, place):
     """When the next one is loaded, nothing of it is left, also without Python's own search for garbage."""
-    alive, place = [], llm if script == "lora_finetune.py" else bert_finetune
-    name = "load_llm" if place is llm else "load_model"
-    load = getattr(place, name)
+    command, name = ["lora_finetune.py", "--model", tiny_llm, "--max-length", 200], "load_llm"
+    if place is bert_finetune:
+        command, name = ["bert_finetune.py", "--model", tiny_bert, "--max-length", 60, "--limit", 24], "load_model"
+    alive, load = [], getattr(place, name)
 
     def counting(*arguments, **more):
         alive.append(sum(isinstance(each, PreTrainedModel) for each in gc.get_objects()))
@@ -118,10 +123,8 @@ def test_a_fold_frees_its_model(kit, monkeypatch, tiny_llm, tiny_bert, script):
 
     monkeypatch.setattr(place, name, counting)
     kit("make_llm_data.py", "--fields", "title", "--limit", 24)
-    flags = ["--model", tiny_llm if place is llm else tiny_bert, "--max-length", 200 if place is llm else 60]
     gc.disable()
-    limit = [] if place is llm else ["--limit", 24]
-    done = kit(script, *flags, *limit, "--folds", 2, "--epochs", 1)
+    done = kit(*command, "--folds", 2, "--epochs", 1)
     gc.enable()
     assert done.returncode == 0, done.stderr
     assert len(alive) >= 2 and not any(alive)

@@ -204,51 +204,41 @@ def test_control_tokens_in_a_paper_are_plain_text(tokenizer, items):
         assert plain.count(token) == attack.count(token)
 
 
-DATED = "{{ strftime_now('%Y') }} {{ messages[0].content }} A:"
-PARTS = "{% for p in messages[0].content %}[{{ p.type }}] {{ p.text }}{% endfor %} A:"
+ASKS = "{{ messages[0].content }}"
+PARTS = "{% for part in messages[0].content %}{{ part.text }}{% endfor %} A:"  # a content that isn't a string
 
 
 @pytest.mark.parametrize(
     ("template", "prompt"),
     [
         (None, "do\nthis\nAnswer:"),
-        (DATED, "2025 do\nthis A:"),
-        (PARTS, "[text] do\nthis A:"),
-        ("{{ messages[0].content }}{% if enable_thinking %}no{% endif %} A:", "do\nthis A:"),
-        ("{{ messages[0].content }} <think>\n", "do\nthis <think>\n\n</think>\n\n"),
+        ("{{ strftime_now('%Y') }} " + ASKS, "2025 do\nthis"),
+        (ASKS + "{% if enable_thinking %}no{% endif %}", "do\nthis"),
+        (ASKS + " <think>\n", "do\nthis <think>\n\n</think>\n\n"),
+        (ASKS + " [THINK]", "do\nthis [THINK]\n\n[/THINK]\n\n"),
+        (ASKS + " <think></think>", "do\nthis <think></think>"),
+        (ASKS + " <think> A:", "do\nthis <think> A:"),
     ],
 )
 def test_prompts_of_odd_templates(tokenizer, template, prompt):
     tokenizer.chat_template = template
     assert llm.render(tokenizer, "do", "this") == prompt
-    assert llm.prompt_form(tokenizer).count(llm.HOLE) == 1
+    assert llm.describe_prompt(tokenizer)["prompt"].count(llm.HOLE) == 1
 
 
 @pytest.mark.parametrize(
     ("template", "words"),
     [
         ("hello {{ messages[0].role }}", "drops the paper"),
+        (PARTS, "drops the paper"),
         ("{{ raise_exception('system only') }}", "system only"),
-        ("{{ messages[0].content }}<|im_end|>\n", "ends the conversation"),
+        (ASKS + "<|im_end|>\n", "ends the conversation"),
     ],
 )
 def test_templates_that_cannot_ask_are_refused(tokenizer, template, words):
     tokenizer.chat_template = template
     with pytest.raises(InputError, match=f"--model: its chat template .*{words}.* another model"):
-        llm.prompt_form(tokenizer)
-
-
-@pytest.mark.parametrize(
-    ("prompt", "closed"),
-    [
-        ("a <think>", "a <think>\n\n</think>\n\n"),
-        ("a [THINK]\n", "a [THINK]\n\n[/THINK]\n\n"),
-        ("a <think>\n\n</think>\n\n", "a <think>\n\n</think>\n\n"),
-        ("a <think> b", "a <think> b"),
-    ],
-)
-def test_an_open_thinking_part_is_closed(prompt, closed):
-    assert llm.close_thinking(prompt) == closed
+        llm.describe_prompt(tokenizer)
 
 
 # ---- the scripts -----------------------------------------------------------------------------------------------------
@@ -341,14 +331,6 @@ def test_resume_takes_the_model_that_it_was(tmp_path):
         assert lora_finetune.find_model(training.make_accelerator("fp32"), args, tmp_path) == name
 
 
-def test_the_embedded_model_is_unpacked_once_and_nothing_else_is_touched(tmp_path, monkeypatch):
-    made, other = [], tmp_path / ".cache" / ".chatglm2.99.part"  # what another program writes there
-    other.mkdir(parents=True)
-    monkeypatch.setattr(llm, "KIT", tmp_path)
-    monkeypatch.setattr(llm, "dequantise", lambda source, name, folder: (folder.mkdir(), made.append(name)))
-    assert llm.embedded_folder() == llm.embedded_folder() and made == [llm.EMBEDDED] and other.is_dir()
-
-
 def test_p_tuning(kit, lora, tiny_llm):
     for command in (["lora_finetune.py", "--model", tiny_llm, *TINY, "--method", "p-tuning-v2"], ["lora_predict.py"]):
         done = kit(*command)
@@ -356,58 +338,59 @@ def test_p_tuning(kit, lora, tiny_llm):
     check_adapter(lora, tiny_llm)
 
 
-def test_untrained_model(kit, tmp_path, tiny_llm):
-    """It is a model like any other: blend.py shows what training gains."""
-    done = kit("lora_predict.py", "--adapter", "none", "--model", tiny_llm, "--fields", "title")
-    assert done.returncode == 0 and "untrained, test" in done.stdout
-    assert len(probs_of(tmp_path / "outputs/untrained/valid.csv")) == 12
-    assert kit("blend.py", "--fields", "title").returncode == 0
+def test_untrained_model(kit, tmp_path, tiny_llm, test_b):
+    """It is a model like any other: blend.py shows what training gains. Every test file is read by the same fields."""
+    folder, command = tmp_path / "outputs/untrained", ["lora_predict.py", "--adapter", "none", "--model", tiny_llm]
+    for flags, test in (([], []), (["--predict-only"], ["--test", "testB.csv"])):
+        done = kit(*command, *flags, *test)
+        assert done.returncode == 0 and ("untrained, test" in done.stdout) == (not flags), done.stderr
+        assert json.loads((folder / "metrics.json").read_text())["fields"] == FIELDS
+        assert len(probs_of(folder / "valid.csv")) == 12
+        assert kit("blend.py", *test).returncode == 0
 
 
-def test_predict_only(kit, lora, test_b):
-    valid, before = (lora / "valid.csv").read_bytes(), probs_of(lora / "test.csv")
-    done = kit("lora_predict.py", "--predict-only", "--test", "testB.csv")
+def scale_matrices(folder, factor):
+    path = folder / "adapter_model.safetensors"
+    save_file({name: w * (factor if "lora_B" in name else 1) for name, w in load_file(path).items()}, path)
+
+
+def test_predict_only(kit, lora, tmp_path, test_b):
+    """Held-out scores stay if they are of the adapter that scores the new papers, else they go."""
+    command, valid, before = ["lora_predict.py", "--predict-only"], lora / "valid.csv", probs_of(lora / "test.csv")
+    written = valid.read_bytes()
+    done = kit(*command, "--test", "testB.csv")
     assert done.returncode == 0 and "test papers" not in done.stdout, "there are no labels of testB.csv"
     after = probs_of(lora / "test.csv")
     assert after.index.tolist() == test_b["uuid"].tolist() and np.allclose(after, before[after.index], atol=1e-4)
-    assert (lora / "valid.csv").read_bytes() == valid
+    assert valid.read_bytes() == written
     assert kit("blend.py", "--test", "testB.csv", "--fields", "title").returncode == 0
 
+    scale_matrices(shutil.copytree(lora / "best", tmp_path / "other"), 2)
+    assert kit(*command, "--adapter", "other").returncode == 0
+    assert not valid.exists() and "scores" not in json.loads((lora / "metrics.json").read_text())
 
-def test_folds_resumed_equal_uninterrupted_and_are_averaged(kit, tmp_path, tiny_llm, monkeypatch):
-    few = ["--folds", "2", "--batch-size", "1", "--accumulate", "1", "--save-minutes", "0"]
-    command = ["lora_finetune.py", "--model", tiny_llm, *TINY, *few]
+
+def test_folds_are_averaged(kit, tmp_path, tiny_llm):
+    """Each adapter knows the papers that it has not seen, wherever it is."""
     assert kit("make_llm_data.py", "--fields", "title", "--limit", "24").returncode == 0
-    assert kit(*command, "--name", "whole").returncode == 0
-    losses, calls = lora_finetune.Task.losses, []
-
-    def dying(*arguments):
-        calls.append(1)
-        if len(calls) > 12 + 10:  # of 12 steps a fold
-            raise KeyboardInterrupt
-        return losses(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(lora_finetune.Task, "losses", dying)
-        assert kit(*command, "--name", "cut").returncode == 130
-    refusal = kit("lora_predict.py", "--name", "cut")
-    assert refusal.returncode == 2
-    resumed = kit(*command, "--name", "cut", "--resume")
-    assert resumed.returncode == 0 and "resumed after 0 epochs and 10 steps" in resumed.stderr, resumed.stderr
-    whole, cut = tmp_path / "outputs" / "whole", tmp_path / "outputs" / "cut"
-    for fold in ("fold1", "fold2"):
-        for name in ("best/adapter_model.safetensors", "best/kit.json", "log.csv"):
-            assert (whole / fold / name).read_bytes() == (cut / fold / name).read_bytes()
-
-    found, moved = [], tmp_path / "fold1" / "best"  # an adapter knows its papers wherever it is
-    shutil.copytree(whole / "fold2" / "best", moved)
-    for flags in ([], ["--adapter", whole / "fold1/best"], ["--adapter", moved]):
-        done = kit("lora_predict.py", "--name", "whole", *flags, "--limit", "24")
+    assert kit("lora_finetune.py", "--model", tiny_llm, *TINY, "--folds", "2").returncode == 0
+    lora, moved, found = tmp_path / "outputs" / "lora", tmp_path / "fold1" / "best", []
+    shutil.copytree(lora / "fold2" / "best", moved)
+    for flags in ([], ["--adapter", lora / "fold1/best"], ["--adapter", moved]):
+        done = kit("lora_predict.py", *flags, "--limit", "24")
         assert done.returncode == 0, done.stderr
-        found.append([probs_of(whole / name) for name in ("test.csv", "valid.csv")])
+        found.append([probs_of(lora / name) for name in ("test.csv", "valid.csv")])
     (test, valid), *folds = found
     assert np.allclose(test, np.mean([fold[0] for fold in folds], axis=0), atol=1e-5)
     assert len(valid) == 24 and np.allclose(valid, pd.concat([fold[1] for fold in folds])[valid.index], atol=1e-5)
+
+
+def test_an_adapter_that_learns_nothing_is_refused_after_an_epoch(kit, lora, tiny_llm, monkeypatch):
+    """Not after hours, by lora_predict.py."""
+    monkeypatch.setattr(lora_finetune.Task, "losses", lambda task, scorer, papers: 0 * scorer(papers))
+    done = kit("lora_finetune.py", "--model", tiny_llm, *TINY, "--epochs", 2, "--name", "new")
+    assert done.returncode == 2 and "the adapter changes nothing" in done.stderr
+    assert "epoch 1: train loss" in done.stderr and "epoch 2: train loss" not in done.stderr
 
 
 def test_a_held_out_paper_shapes_nothing(kit, tmp_path, tiny_llm, papers):
@@ -436,11 +419,6 @@ def fewer_items(lora):
     path.write_text(json.dumps(json.loads(path.read_text())[1:]))
 
 
-def no_matrices(lora):
-    path = lora / "best" / "adapter_model.safetensors"
-    save_file({name: w * ("lora_B" not in name) for name, w in load_file(path).items()}, path)
-
-
 def published_chatglm2(lora):
     (lora.parent.parent / "chatglm2-6b").mkdir()
     edit_json(lora.parent.parent / "chatglm2-6b" / "config.json", model_type="chatglm")
@@ -459,9 +437,9 @@ def published_chatglm2(lora):
         (None, ["TRAIN", "--model", "no/such-model"], ["--model no/such-model"]),
         (published_chatglm2, ["TRAIN", "--model", "chatglm2-6b"], ["convert_chatglm2.py"]),
         (None, ["lora_predict.py", "--fields", "abstract"], ["--fields", "title"]),
-        (None, ["lora_predict.py", "--model", "embedded"], ["--model embedded", "trained with"]),
+        (None, ["lora_predict.py", "--model", "embedded"], ["--model", "trained with"]),
         (None, ["lora_predict.py", "--train", "other.csv"], ["other papers"]),
-        (no_matrices, ["lora_predict.py"], ["changes nothing"]),
+        (lambda lora: scale_matrices(lora / "best", 0), ["lora_predict.py"], ["changes nothing"]),
         (lambda lora: edit_json(lora / "best" / "kit.json", prompt="another"), ["lora_predict.py"], ["prompt"]),
         (lambda lora: (lora / "training.json").unlink(), ["lora_predict.py"], ["isn't finished", "--adapter"]),
     ],
@@ -480,23 +458,21 @@ def test_refuses(refused, lora, tmp_path, tiny_llm, papers, spoil, command, word
 @pytest.mark.slow
 def test_two_processes_equal_one(kit, tmp_path, tiny_llm):
     """37 test and 4 held-out papers divide by nothing."""
-    data, train = ["--fields", "title", "--limit", "37"], ["--model", tiny_llm, *TINY]
-    (tmp_path / "two").mkdir()
-    kit("make_llm_data.py", *data, "--out-dir", tmp_path / "two")
-    for script, more in (("lora_finetune.py", train), ("lora_predict.py", ["--limit", "37"])):
-        process = start(script, tmp_path / "two", *more, launcher=TWO_PROCESSES)
+    two, limit = tmp_path / "two", ["--limit", "37"]
+    data = ["make_llm_data.py", "--fields", "title", *limit]
+    train, predict = ["lora_finetune.py", "--model", tiny_llm, *TINY, "--epochs", "2"], ["lora_predict.py", *limit]
+    two.mkdir()
+    kit(*data, "--out-dir", two)
+    for script, *flags in (train, predict):
+        process = start(script, two, *flags, launcher=TWO_PROCESSES)
         stderr = process.communicate()[1]
         assert process.returncode == 0 and "× 2 processes" in stderr and stderr.count("wrote ") == 1, stderr
-    kit("make_llm_data.py", *data)
-    assert kit("lora_finetune.py", *train).returncode == 0
-    assert kit("lora_predict.py", "--limit", "37").returncode == 0
-    again = ["--limit", "37", "--adapter", tmp_path / "two/lora/best", "--name", "again"]
-    assert kit("lora_predict.py", *again).returncode == 0
+    for command in (data, train, predict, [*predict, "--adapter", two / "lora/best", "--name", "same"]):
+        assert kit(*command).returncode == 0
     for name in ("valid.csv", "test.csv"):
-        two, one, again = (probs_of(tmp_path / place / name) for place in ("two/lora", "outputs/lora", "outputs/again"))
-        assert two.index.equals(one.index) and two.index.equals(again.index)
-        assert np.allclose(one, two, atol=1e-4)
-        assert np.allclose(again, two, atol=1e-5), "the same adapter"
+        want, one, same = (probs_of(tmp_path / place / name) for place in ("two/lora", "outputs/lora", "outputs/same"))
+        assert want.index.equals(one.index) and np.allclose(one, want, atol=1e-4)
+        assert want.index.equals(same.index) and np.allclose(same, want, atol=1e-5), "the same adapter"
 
 
 @pytest.mark.slow
