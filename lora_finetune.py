@@ -240,7 +240,7 @@ def main():
     args = parse_args()
     accelerator = training.make_accelerator(args.precision)
     folder = args.out_dir / args.name
-    with files.locked(folder), training.explain(args, "the same command with --resume goes on"):
+    with files.locked(folder), training.explain("the same command with --resume goes on"):
         train_adapters(accelerator, args, folder)
     accelerator.end_training()
 

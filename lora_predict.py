@@ -186,7 +186,7 @@ def main():
             if getattr(args, name) not in (None, kits[0][name]):
                 raise InputError(f"--{name}: the adapter was trained with {kits[0][name]}: leave --{name} out")
     args.max_length = args.max_length or kits[0]["max_length"]
-    with files.locked(folder), training.explain(args, "the same command starts again"):
+    with files.locked(folder), training.explain("the same command starts again"):
         predict(accelerator, args, folder, adapters, kits)
     accelerator.end_training()
 
