@@ -234,11 +234,9 @@ def train_and_predict(accelerator, args, folder):
 def write_results(accelerator, args, folder, plans, train, test, fields, found):
     """Write valid.csv, test.csv, metrics.json and the submission, and print the scores. `found`: of train_one."""
     valid_probs, test_probs, runs = zip(*found)
-    held_out, probs = training.average(plans, valid_probs)
-    values = results.scores(train["label"][held_out], probs)
+    held_out, probs, scored, table = training.score_held_out(args.name, train, plans, valid_probs, fields)
     trained, valid, tested = (sum(run[name] for run in runs) for name in ("seconds", "valid", "test"))
     metrics = {
-        "scores": values,
         "fields": fields,
         "settings": runs[-1]["settings"] | {"folders": [plan.name for plan in plans], "folds": args.folds},
         "epochs_run": [len(run["history"]) for run in runs],
@@ -248,11 +246,8 @@ def write_results(accelerator, args, folder, plans, train, test, fields, found):
         "predict_papers_per_second": round(len(test) * len(runs) / tested, 1),
         **training.environment(accelerator),
     }
-    table = [(args.name, values, f"{held_out.sum()} held out, {' '.join(fields)}")]
-    if args.seeds:
-        metrics["seeds"] = [results.scores(train["label"][held_out], each) for each in valid_probs]
-        table += training.spread_rows(args.name, metrics["seeds"])
-    results.finish(folder, args, metrics, train, test, np.mean(test_probs, axis=0), train[held_out], probs, table)
+    metrics |= scored
+    results.finish(folder, args, metrics, train, test, np.mean(test_probs, axis=0), held_out, probs, table)
 
 
 def parse_args():

@@ -129,29 +129,23 @@ def write_results(accelerator, args, folder, adapters, kits, plans, train, test,
     `found`: for each adapter (P of the held-out papers, of the test papers, seconds).
     """
     valid_probs, test_probs, seconds = zip(*found)
-    scored = sum(map(len, valid_probs + test_probs))
+    count = sum(map(len, valid_probs + test_probs))
     test_probs, seconds = np.mean(test_probs, axis=0), sum(seconds)
     weights = [(path / "adapter_model.safetensors").read_bytes() for path in adapters if path]
     settings = kits[0] | {"folders": [kit["plan"] for kit in kits]}
     settings["adapter"] = [hashlib.sha256(data).hexdigest()[:16] for data in weights]
-    held_out, probs, table, fields = None, None, [], " ".join(kits[0]["fields"])
+    held_out, probs, table, fields = None, None, [], kits[0]["fields"]
     if plans:
-        chosen, probs = training.average(plans, valid_probs)
-        held_out = train[chosen]
-        metrics = {} if args.adapter else files.read_json(folder / "training.json")
-        metrics["scores"] = results.scores(held_out["label"], probs)
-        metrics["seconds"] = round(metrics.get("train_seconds", 0) + seconds, 2)
-        table.append((folder.name, metrics["scores"], f"{len(held_out)} held out, {fields}"))
-        if kits[0]["split"]["seeds"]:
-            metrics["seeds"] = [results.scores(held_out["label"], each) for each in valid_probs]
-            table += training.spread_rows(folder.name, metrics["seeds"])
+        held_out, probs, scored, table = training.score_held_out(folder.name, train, plans, valid_probs, fields)
+        done = {} if args.adapter else files.read_json(folder / "training.json")
+        metrics = done | scored | {"seconds": round(done.get("train_seconds", 0) + seconds, 2)}
     else:
         metrics = earlier_metrics(folder, settings)
-    metrics |= {"fields": kits[0]["fields"], "settings": settings, **training.environment(accelerator)}
-    metrics["predict_papers_per_second"] = round(scored / seconds, 3)
+    metrics |= {"fields": fields, "settings": settings, **training.environment(accelerator)}
+    metrics["predict_papers_per_second"] = round(count / seconds, 3)
     answers = results.read_labels(args.test, test)
     if answers is not None:
-        note = f"{len(test)} test papers, {fields}"
+        note = f"{len(test)} test papers, {' '.join(fields)}"
         table.append((f"{folder.name}, test", results.scores(answers, test_probs), note))
     results.finish(folder, args, metrics, train, test, test_probs, held_out, probs, table)
 

@@ -203,11 +203,20 @@ def average(plans, valid_probs):
     return times > 0, total[times > 0] / times[times > 0]
 
 
-def spread_rows(name, seeds):
-    """Rows of a score table: mean and standard deviation over models that differ in their seed."""
-    frame = pd.DataFrame(seeds)
-    note = f"over {len(seeds)} seeds"
-    return [(f"{name}, mean", frame.mean().to_dict(), note), (f"{name}, deviation", frame.std().to_dict(), note)]
+def score_held_out(name, train, plans, valid_probs, fields):
+    """Score what all models say of the papers that they held out. Returns (frame of these papers, float array of their
+    mean P, what metrics.json says of it, rows of a score table: of several seeds also mean and standard deviation).
+    """
+    chosen, probs = average(plans, valid_probs)
+    held_out = train[chosen]
+    metrics = {"scores": results.scores(held_out["label"], probs)}
+    table = [(name, metrics["scores"], f"{len(held_out)} held out, {' '.join(fields)}")]
+    if plans[0].name.startswith("seed"):
+        metrics["seeds"] = [results.scores(held_out["label"], each) for each in valid_probs]
+        frame, note = pd.DataFrame(metrics["seeds"]), f"over {len(plans)} seeds"
+        table.append((f"{name}, mean", frame.mean().to_dict(), note))
+        table.append((f"{name}, deviation", frame.std().to_dict(), note))
+    return held_out, probs, metrics, table
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
