@@ -3,8 +3,6 @@
     separator = find_separator(cells)                  # ";", found once for the whole column
     split_keywords("Deep learning; CNN.", separator)   # {"deep learning": "Deep learning", "cnn": "CNN"}
     found = find_candidates(titles, abstracts, train)  # Candidates: phrases of 1 to 5 words
-
-To add a feature, add a line to describe(). benchmarks/keyword_features.py says what it is worth.
 """
 
 import re
