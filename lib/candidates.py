@@ -132,17 +132,17 @@ def find_phrases(words):
     with a number: {phrase: list of Place}. words: END is the last one.
     """
     phrases = {}
-    stop = [word.lower in STOP or bool(CHINESE.search(word.lower)) for word in words]
-    for first, word in enumerate(words[:-1]):
-        if stop[first] or word.lower.replace(".", "").isdigit():
+    lower, gaps = [word.lower for word in words], [word.gap for word in words]
+    stop = [word in STOP or bool(CHINESE.search(word)) for word in lower]
+    for first in range(len(words) - 1):
+        if stop[first] or lower[first].replace(".", "").isdigit():
             continue
-        left = words[first - 1].lower if word.gap == " " else word.gap
+        left = lower[first - 1] if gaps[first] == " " else gaps[first]
         for end in range(first + 1, min(first + LONGEST + 1, len(words))):
-            behind = words[end]
             if not stop[end - 1]:
-                place = Place(words[first:end], left, behind.lower if behind.gap == " " else behind.gap)
-                phrases.setdefault(" ".join([word.lower for word in place.words]), []).append(place)
-            if behind.gap != " ":
+                right = lower[end] if gaps[end] == " " else gaps[end]
+                phrases.setdefault(" ".join(lower[first:end]), []).append(Place(words[first:end], left, right))
+            if gaps[end] != " ":
                 break
     return phrases
 

@@ -87,7 +87,7 @@ def describe_entries(corpus, rated, folds):
     """All entries of rated candidates: their candidate (index into rated), how they are written (list of str), features
     (float32 [entries, features]), whether the paper has exactly that keyword (bool). Arguments as for list_entries.
     """
-    counts, found = count_writings(corpus, folds), corpus.found
+    counts, nowhere, found = count_writings(corpus, folds), Counter(), corpus.found
     in_texts = dict(zip(zip(found.paper.tolist(), found.phrase.tolist()), found.written))
     title_capitals = [capital_share([w for w in title.split()[1:] if w.lower() not in STOP]) for title in corpus.titles]
     capitals = np.array([capital_share(keywords.values()) for keywords in corpus.written])
@@ -95,7 +95,7 @@ def describe_entries(corpus, rated, folds):
     candidates, written, features, correct = [], [], array("f"), []
     for i, (paper, phrase) in enumerate(zip(*rated[:2])):
         keyword, in_text = found.phrases[phrase], in_texts.get((paper, phrase))
-        elsewhere = counts[None, keyword] - counts[folds[paper], keyword]
+        elsewhere = counts.get((None, keyword), nowhere) - counts.get((folds[paper], keyword), nowhere)
         for casing in casings(keyword, in_text, elsewhere):
             candidates.append(i)
             written.append(casing)
