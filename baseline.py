@@ -52,26 +52,26 @@ def block_texts(papers, fields):
     """What is counted, one str a paper: {"words": all fields but the author's, "author": that field as it is written}.
     A block without fields is left out.
     """
-    texts = {}
     words = [name for name in fields if name != "author"]
-    if words:
-        texts["words"] = common.build_text(papers, words)
-    if "author" in fields:
-        texts["author"] = papers["author"].tolist()
-    return texts
+    author = [name for name in fields if name == "author"]
+    blocks = {"words": words, "author": author}
+    return {block: common.build_text(papers, names) for block, names in blocks.items() if names}
 
 
 def count_ngrams(papers, fields, longest=2):
-    """Count runs of up to `longest` words, and of 1 to 3 characters of the authors. Returns two dicts by block, as
-    block_texts: the CountVectorizers and their counts, sparse float32 matrices [papers, n-grams].
+    """Count runs of up to `longest` words, and of 1 to 3 characters of the authors, that two papers or more have.
+    Returns two dicts by block, as block_texts: the CountVectorizers and their counts, sparse float32 matrices
+    [papers, n-grams].
     """
+    shared = {"min_df": 2, "dtype": np.float32}
     counters = {
-        "words": CountVectorizer(ngram_range=(1, longest), token_pattern=WORD, dtype=np.float32),
-        "author": CountVectorizer(ngram_range=(1, 3), analyzer="char", lowercase=False, dtype=np.float32),
+        "words": CountVectorizer(ngram_range=(1, longest), token_pattern=WORD, **shared),
+        "author": CountVectorizer(ngram_range=(1, 3), analyzer="char", lowercase=False, **shared),
     }
     counts = {}
     for block, texts in block_texts(papers, fields).items():
-        counts[block] = counters[block].fit_transform(texts)
+        two_more = [".", "."]  # scikit-learn wants one n-gram at least that two texts have
+        counts[block] = counters[block].fit_transform(texts + two_more)[: len(texts)]
         counts[block].sort_indices()  # else the order of sums, and their last digit, depend on the order of the papers
     return counters, counts
 
@@ -94,11 +94,11 @@ class Columns:
 
     def __init__(self, counts, labels, settings, weight):
         papers_with = np.bincount(counts.indices, minlength=counts.shape[1])
-        chosen = np.flatnonzero(papers_with >= min(2, papers_with.max()))
+        chosen = np.flatnonzero(papers_with >= 2)
         if settings["max_features"]:
             most_papers = np.argsort(-papers_with[chosen], kind="stable")[: settings["max_features"]]
             chosen = np.sort(chosen[most_papers])
-        if not papers_with.any():  # no text at all: one column of zeros, the model then learns the share of the classes
+        if not len(chosen):  # next to no text: the model learns little more than the share of the classes
             chosen = np.array([0])
         is_tfidf = settings["features"] == "tfidf"
         self.chosen = chosen  # int [chosen]: columns of the counts
@@ -125,7 +125,7 @@ def new_classifier(settings, labels):
     least = np.bincount(labels, minlength=2).min()
     if least < 2:  # the SVM's probabilities come from folds of its training papers
         raise InputError(f"--model svm or all needs 2 papers of each class beside every fold, there is {least}: give "
-                         "another --model, more --folds or more papers")
+                         "another --model")
     return CalibratedClassifierCV(LinearSVC(C=strength, random_state=seed), cv=min(5, least), ensemble=False)
 
 
@@ -207,25 +207,17 @@ def author_rule(authors, labels, folds):
     return probs
 
 
-def reference_rows(train, labels, folds, fields):
-    """Rows of the table that need no model: a constant guess, and the author rule where there are authors."""
-    seen = f"{len(labels)} out of fold"
-    guess = np.array([labels[folds != fold].mean() for fold in folds])
-    table = [("constant guess", scores(labels, guess), seen)]
-    if "author" in fields:
-        rule = author_rule(train["author"], labels, folds)
-        table.append(("author rule", scores(labels, rule), f"{seen}, the way authors are written"))
-    return table
-
-
 def tune(counts, labels, folds, settings):
     """Grid search by out-of-fold log-loss. Returns settings with the best values."""
-    losses, trials = [], []
     weights = AUTHOR_WEIGHTS if len(counts) > 1 else [settings["author_weight"]]
-    for strength, weight in tqdm(list(product(STRENGTHS[settings["model"]], weights)), desc="tune"):
+    trials = []
+    for strength, weight in product(STRENGTHS[settings["model"]], weights):
         trials.append({**settings, "strength": strength, "author_weight": weight})
-        losses.append(scores(labels, out_of_fold(counts, labels, folds, trials[-1]))["log_loss"])
-    best = trials[np.argmin(losses)]
+
+    def loss(trial):
+        return scores(labels, out_of_fold(counts, labels, folds, trial))["log_loss"]
+
+    best = min(tqdm(trials, desc="tune"), key=loss)
     log(f"--tune: strength {best['strength']}, author weight {best['author_weight']}")
     return best
 
@@ -255,12 +247,21 @@ def compare_models(counts, labels, folds, fields, args):
     return found
 
 
-def candidate_row(candidate, labels, folds):
-    """A row of the table; ± is the standard deviation of the accuracy over the folds."""
-    right = (candidate.probs >= 0.5) == labels
-    spread = np.std([right[folds == fold].mean() for fold in range(folds.max() + 1)], ddof=1)
-    note = f"{len(labels)} out of fold, {' '.join(candidate.fields)}, accuracy ± {spread:.4f}"
-    return candidate.name, candidate.scores, note
+def make_table(candidates, train, labels, folds, fields):
+    """Rows of the table: a constant guess, the author rule where there are authors, the candidates. ± is the standard
+    deviation of the accuracy over the folds.
+    """
+    seen = f"{len(labels)} out of fold"
+    guess = np.array([labels[folds != fold].mean() for fold in folds])
+    table = [("constant guess", scores(labels, guess), seen)]
+    if "author" in fields:
+        rule = author_rule(train["author"], labels, folds)
+        table.append(("author rule", scores(labels, rule), f"{seen}, the way authors are written"))
+    for one in candidates:
+        right = (one.probs >= 0.5) == labels
+        spread = np.std([right[folds == fold].mean() for fold in range(folds.max() + 1)], ddof=1)
+        table.append((one.name, one.scores, f"{seen}, {' '.join(one.fields)}, accuracy ± {spread:.4f}"))
+    return table
 
 
 # ---- main ------------------------------------------------------------------------------------------------------------
@@ -296,8 +297,7 @@ def compare_and_predict(args, folder):
     test_probs = model.predict({block: counters[block].transform(texts[block]) for block in texts})
     ended = time.perf_counter()
 
-    table = reference_rows(train, labels, folds, fields)
-    table += [candidate_row(one, labels, folds) for one in candidates]
+    table = make_table(candidates, train, labels, folds, fields)
     metrics = {
         "scores": best.scores,
         "fields": best.fields,

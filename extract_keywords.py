@@ -17,18 +17,17 @@ them (lib/ranker.py) and the ways to write them (lib/casing.py). Scores are out 
 """
 
 import time
-from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 
 import common
 from lib import cli, results
-from lib.candidates import CHINESE, SEPARATORS, find_separator, split_cell, split_keywords, stem
+from lib.candidates import SEPARATORS, find_separator, split_cell, split_keywords, stem
 from lib.casing import list_entries
 from lib.cli import InputError, bounded, log, positive_int
 from lib.files import locked, write_csv, write_json
-from lib.ranker import build_corpus, learn_and_rate, lookup, rank
+from lib.ranker import build_corpus, learn_and_rate, lookup
 
 MOST = 30  # keywords a paper in the reader's list
 PARTITIONS = 5  # into folds, over which ratings are averaged
@@ -70,36 +69,26 @@ def cased_recall(listed, true):
 # ---- the reader's list -----------------------------------------------------------------------------------------------
 
 
-def shortlist(rated, most):
-    """The `most` likeliest candidates of each paper, by paper and falling rating. rated: (paper, phrase, prob)."""
-    paper, _, prob = rated
-    order = np.lexsort((-prob, paper))  # ties keep their order
-    order = order[rank(paper[order], prob[order]) < most]
-    return tuple(values[order] for values in rated)
-
-
-def best_threshold(corpus, rated, folds):
-    """The rating that keywords must have for the best micro F1 out of fold."""
-    paper, phrase, prob = (values[folds[rated[0]] >= 0] for values in rated)
+def best_threshold(corpus, rated):
+    """The P(keyword) from which on keywords have the best micro F1 out of fold. rated: from learn_and_rate."""
+    paper, phrase, prob = (values[rated[0] < corpus.train] for values in rated)
     order = np.argsort(-prob, kind="stable")
     hits = np.cumsum(lookup(corpus.keywords, paper[order], phrase[order]) > 0)
     f1 = 2 * hits / (np.arange(1, len(hits) + 1) + corpus.keywords.nnz)
     return round(float(prob[order][f1.argmax()]), 4)
 
 
-def pick(corpus, rated, threshold, top=None):
-    """The keywords of each paper for a reader: those rated `threshold` or more, at least one and at most MOST, or the
-    first `top`; of singular and plural, 'A (B)' and 'A' only the likelier. rated: from shortlist(). Returns {paper:
-    normalised keywords, best first}.
+def pick(corpus, rated, threshold, most):
+    """The keywords of each paper for a reader: those with P(keyword) of `threshold` or more, at least one and at most
+    `most`; of singular and plural, 'A (B)' and 'A' only the likelier. rated: from learn_and_rate. Returns a list
+    [papers] of lists of normalised keywords, the likeliest first.
     """
-    picked, stems = defaultdict(list), defaultdict(set)
+    picked = [{} for _ in corpus.titles]  # for each paper {stem: keyword}
     for paper, phrase, prob in zip(*rated):
-        own, key = picked[paper], corpus.stems[phrase]
-        wanted = len(own) < (top or MOST) and (top or prob >= threshold or not own)
-        if wanted and key not in stems[paper]:
-            stems[paper].add(key)
-            own.append(corpus.found.phrases[phrase])
-    return picked
+        own = picked[paper]
+        if len(own) < most and (prob >= threshold or not own):
+            own.setdefault(corpus.stems[phrase], corpus.found.phrases[phrase])
+    return [[*own.values()] for own in picked]
 
 
 def write_likeliest(keywords, entries):
@@ -112,49 +101,38 @@ def write_likeliest(keywords, entries):
     return [casing[keyword] for keyword in keywords]
 
 
-def join_keywords(lists, titles, usual):
-    """The cells of column Keywords. A paper without keywords gets its title; `usual` if that is empty or in Chinese."""
-    cells = []
-    for keywords, title in zip(lists, titles):
-        fallback = usual if CHINESE.search(title) else title.replace(";", ",")
-        cells.append("; ".join(keywords) or fallback or usual)
-    return cells
-
-
 # ---- the whole -------------------------------------------------------------------------------------------------------
 
 
-def draw_partitions(labelled, copies, count, folds, seed):
-    """PARTITIONS of the labelled papers into folds, copies of a paper together. Returns an int array [PARTITIONS,
-    count], -1 for other papers. copies: from common.find_copies.
+def draw_partitions(copies, tests, folds, seed):
+    """PARTITIONS of the training papers into folds, copies of a paper together: int array [PARTITIONS, papers], -1 for
+    the `tests` test papers at the end. copies: from common.find_copies.
     """
-    rng, partitions = np.random.default_rng(seed), np.full((PARTITIONS, count), -1)
-    different, group = np.unique(copies[labelled], return_inverse=True)
-    for partition in partitions:
-        partition[labelled] = (rng.permutation(len(different)) % folds)[group]
-    return partitions
+    rng = np.random.default_rng(seed)
+    different, group = np.unique(copies, return_inverse=True)
+    partitions = [(rng.permutation(len(different)) % folds)[group] for _ in range(PARTITIONS)]
+    return np.pad(partitions, ((0, 0), (0, tests)), constant_values=-1)
 
 
 def read_both(args):
-    """Read the two files. Returns (train, test, the separator of train's keywords). Raises InputError where train has
-    no keywords to learn from.
+    """Read the two files. Returns (the papers of train that have keywords, test, what separates keywords). Raises
+    InputError where there are none to learn from.
     """
     train, test = common.read_papers(args.train), common.read_papers(args.test)
     if "Keywords" not in train:
         raise InputError(f"{args.train}: no column Keywords to learn from; give a file that has it with --train")
     if args.limit:
         log(f"--limit {args.limit}: only the first papers of each file")
-        train, test = train.head(args.limit).copy(), test.head(args.limit)
-    if not any(split_keywords(cell) for cell in train["Keywords"]):
-        raise InputError(f"{args.train}: column Keywords is empty in all {len(train)} rows; give papers with keywords")
+        train, test = train.head(args.limit), test.head(args.limit)
     separator = find_separator(train["Keywords"])
     if separator is None:
+        separator = ";"
         log(f"warning: {args.train}: none of {' '.join(SEPARATORS)} separates the keywords of column Keywords; use ';'")
-    chinese = sum(bool(CHINESE.search(title)) for title in test["title"])
-    if chinese > 0.05 * len(test):
-        log(f"warning: {chinese} titles of {args.test} are in Chinese or Japanese, without blanks between words: these "
-            "papers get keywords of similar papers only")  # fmt: skip
-    return train, test, separator or ";"
+    labelled = train[[bool(split_keywords(cell, separator)) for cell in train["Keywords"]]].reset_index(drop=True)
+    if labelled.empty:
+        raise InputError(f"{args.train}: column Keywords is empty in all {len(train)} rows; give papers with keywords")
+    log(f"{len(train)} papers in {args.train}, {len(labelled)} with keywords; {len(test)} in {args.test}")
+    return labelled, test, separator
 
 
 def parse_args():
@@ -171,46 +149,45 @@ def extract(args, folder):
     """Score keywords out of fold, choose those of the test papers, and write the files."""
     started = time.perf_counter()
     train, test, separator = read_both(args)
+    count = len(train)
     written = [split_keywords(cell, separator) for cell in train["Keywords"]]
-    labelled, copies = np.flatnonzero([len(keywords) for keywords in written]), common.find_copies(train)
-    log(f"{len(train)} papers in {args.train}, {len(labelled)} with keywords; {len(test)} in {args.test}")
     corpus = build_corpus(train, test, written)
-    partitions = draw_partitions(labelled, copies, len(train) + len(test), args.folds, args.seed)
-    rated = shortlist(learn_and_rate(corpus, partitions), max(args.entries, 40))
-    if not np.isin(rated[0], labelled).any():
-        raise InputError(f"{args.train}: the {len(labelled)} papers with Keywords have no text to learn from; fill "
-                         "their titles and abstracts")
-    threshold = best_threshold(corpus, rated, partitions[0])
-    picked = pick(corpus, rated, threshold, args.top)
-    entries = list_entries(corpus, rated, partitions[0], [*train["title"], *test["title"]])
-    listed = [[*entries[paper]] for paper in range(len(train) + len(test))]
+    partitions = draw_partitions(common.find_copies(train), len(test), args.folds, args.seed)
+    rated = learn_and_rate(corpus, partitions, max(args.entries, 40))
+    if not (rated[0] < count).any():
+        raise InputError(f"{args.train}: the {count} papers with Keywords have no text; give titles and abstracts")
+    threshold = best_threshold(corpus, rated)
+    picked = pick(corpus, rated, 0 if args.top else threshold, args.top or MOST)
+    entries = list_entries(corpus, rated, partitions[0])
+    listed = [[*likeliest] for likeliest in entries]
     board = [likeliest[: args.entries] for likeliest in listed]
-    reader = [write_likeliest(picked[paper], entries[paper]) for paper in range(len(listed))]
+    reader = [write_likeliest(*both) for both in zip(picked, entries)]
 
-    values = score_keywords([picked[paper] for paper in labelled], [[*written[paper]] for paper in labelled])
-    true = [split_cell(train["Keywords"][paper], separator) for paper in labelled]
+    values = score_keywords(picked[:count], [[*keywords] for keywords in written])
     cased = {f"cased_recall_at_{most}": [likeliest[:most] for likeliest in listed] for most in (10, 20, 40)}
     cased |= {"board_recall": board, "reader_recall": reader}
+    true = [split_cell(cell, separator) for cell in train["Keywords"]]
     for name, lists in cased.items():
-        values[name] = cased_recall([lists[paper] for paper in labelled], true)
+        values[name] = cased_recall(lists[:count], true)
     seconds = time.perf_counter() - started
     settings = {name: getattr(args, name) for name in ("top", "entries", "folds", "seed")}
     metrics = {
         "scores": values,
-        "papers": results.paper_record(train, test, len(labelled)),
+        "papers": results.paper_record(train, test, count),
         "fields": ["title", "abstract"],
         "settings": settings | {"threshold": threshold, "separator": separator},
         "seconds": round(seconds, 2),
         **results.environment(),
     }
-    usual = corpus.found.phrases[corpus.keywords.sum(axis=0).argmax()]
+    usual = corpus.found.phrases[corpus.keywords.sum(axis=0).argmax()]  # for a paper without keywords and title
     for path, lists in ((folder / "board.csv", board), (folder / "test.csv", reader), (args.submit, reader)):
-        cells = join_keywords(lists[len(train) :], test["title"], usual)
+        cells = ["; ".join(keywords) for keywords in lists[count:]]
+        cells = [cell or title.replace(";", ",") or usual for cell, title in zip(cells, test["title"])]
         write_csv(path, {"uuid": test["uuid"].tolist(), "Keywords": cells})
     write_json(folder / "metrics.json", metrics)
-    log(f"wrote {args.submit}: {len(test)} papers, {sum(map(len, reader[len(train) :]))} keywords")
+    log(f"wrote {args.submit}: {len(test)} papers, {sum(map(len, reader[count:]))} keywords")
     print("  ".join(f"{name} {value:.4f}" for name, value in values.items()))
-    print(f"{len(labelled)} papers out of fold, {' '.join(metrics['fields'])}; threshold {threshold}, {seconds:.1f} s")
+    print(f"{count} papers out of fold, {' '.join(metrics['fields'])}; threshold {threshold}, {seconds:.1f} s")
 
 
 def main():

@@ -23,18 +23,18 @@ from lib import candidates, ranker  # noqa: E402
 def score(train, seed):
     """(F1 out of fold, F1 on a fifth never seen, recall of the 40 likeliest phrases there)."""
     unseen = np.random.default_rng(seed).permutation(len(train)) % 5 == 0
-    papers, count = [train[~unseen], train[unseen]], (~unseen).sum()
-    written = [[candidates.split_keywords(cell) for cell in part["Keywords"]] for part in papers]
-    corpus = ranker.build_corpus(*papers, written[0])
-    labelled = np.flatnonzero([len(own) for own in written[0]])
-    partitions = keywords.draw_partitions(labelled, common.find_copies(papers[0]), len(train), 5, seed)
-    rated = keywords.shortlist(ranker.learn_and_rate(corpus, partitions), 40)
-    picked = keywords.pick(corpus, rated, keywords.best_threshold(corpus, rated, partitions[0]))
-    true = [[*own] for own in written[0] + written[1]]
-    fold, never = ([[picked[i] for i in part], [true[i] for i in part]] for part in (labelled, range(count, len(true))))
+    seen, other = train[~unseen], train[unseen]
+    written = [candidates.split_keywords(cell) for cell in [*seen["Keywords"], *other["Keywords"]]]
+    count = len(seen)
+    corpus = ranker.build_corpus(seen, other, written[:count])
+    partitions = keywords.draw_partitions(common.find_copies(seen), len(other), 5, seed)
+    rated = ranker.learn_and_rate(corpus, partitions, 40)
+    picked = keywords.pick(corpus, rated, keywords.best_threshold(corpus, rated), keywords.MOST)
     likely = keywords.pick(corpus, rated, 0, 40)
-    recall = keywords.cased_recall([likely[i] for i in range(count, len(true))], never[1])
-    return keywords.score_keywords(*fold)["f1"], keywords.score_keywords(*never)["f1"], recall
+    true = [[*own] for own in written]
+    f1 = keywords.score_keywords(picked[:count], true[:count])["f1"]
+    unseen_f1 = keywords.score_keywords(picked[count:], true[count:])["f1"]
+    return f1, unseen_f1, keywords.cased_recall(likely[count:], true[count:])
 
 
 def main():
@@ -56,7 +56,7 @@ def main():
         ranker.FEATURES = [other for other in features if other is not group]
         tell(f"without {group.__name__}")
     ranker.FEATURES = features
-    candidates.describe = lambda *phrase: {"tf": describe(*phrase)["tf"]}
+    candidates.describe = lambda phrase, places: {"tf": len(places)}
     tell("without describe")
     candidates.describe = describe
     ranker.PROPOSED = 0

@@ -3,8 +3,6 @@
     separator = find_separator(cells)                  # ";", found once for the whole column
     split_keywords("Deep learning; CNN.", separator)   # {"deep learning": "Deep learning", "cnn": "CNN"}
     found = find_candidates(titles, abstracts, train)  # Candidates: phrases of 1 to 5 words
-
-To add a feature, add a line to describe(). benchmarks/keyword_features.py says what it is worth.
 """
 
 import re
@@ -92,6 +90,14 @@ class Word(NamedTuple):
     title: bool  # it is in the title
 
 
+class Place(NamedTuple):
+    """One occurrence of a phrase."""
+
+    words: list  # of Word
+    left: str  # the word before it or, where that is not a blank, the gap
+    right: str  # the word or gap behind it
+
+
 END = Word("", "", "", False)
 
 
@@ -108,8 +114,8 @@ class Candidates:
     written: list  # [candidates]: as the paper writes it where it last occurs, inside a sentence if it does
     features: dict  # {name: array [candidates]}
     of: np.ndarray  # [places]: whose, index of the candidate
-    left: np.ndarray  # [places]: word or, where it is not a blank, gap before it; index into words
-    right: np.ndarray  # [places]: word or gap behind it
+    left: np.ndarray  # [places]: left of Place, index into words
+    right: np.ndarray  # [places]
 
 
 def read_words(text, title):
@@ -123,29 +129,22 @@ def read_words(text, title):
 
 def find_phrases(words):
     """Phrases of up to LONGEST words that cross no punctuation, neither begin nor end with a stop word and do not begin
-    with a number: {phrase: its places, a list of (first word, last word)}.
+    with a number: {phrase: list of Place}. words: END is the last one.
     """
     phrases = {}
-    stop = [word.lower in STOP or bool(CHINESE.search(word.lower)) for word in words]
-    for first, word in enumerate(words[:-1]):
-        if stop[first] or word.lower.replace(".", "").isdigit():
+    lower, gaps = [word.lower for word in words], [word.gap for word in words]
+    stop = [word in STOP or bool(CHINESE.search(word)) for word in lower]
+    for first in range(len(words) - 1):
+        if stop[first] or lower[first].replace(".", "").isdigit():
             continue
-        phrase = word.lower
-        for last in range(first, min(first + LONGEST, len(words) - 1)):
-            if last > first:
-                if words[last].gap != " ":
-                    break
-                phrase = f"{phrase} {words[last].lower}"
-            if not stop[last]:
-                phrases.setdefault(phrase, []).append((first, last))
+        left = lower[first - 1] if gaps[first] == " " else gaps[first]
+        for end in range(first + 1, min(first + LONGEST + 1, len(words))):
+            if not stop[end - 1]:
+                right = lower[end] if gaps[end] == " " else gaps[end]
+                phrases.setdefault(" ".join(lower[first:end]), []).append(Place(words[first:end], left, right))
+            if gaps[end] != " ":
+                break
     return phrases
-
-
-def sides(words, first, last):
-    """The words beside a place, or the gaps where these are not a blank: (left, right)."""
-    left = words[first - 1].lower if words[first].gap == " " else words[first].gap
-    right = words[last + 1].lower if words[last + 1].gap == " " else words[last + 1].gap
-    return left, right
 
 
 @cache
@@ -154,13 +153,13 @@ def is_open(side):
     return side in STOP or not re.search(r"\w", side)
 
 
-def is_likely(words, places, beside):
+def is_likely(places):
     """False for what hardly ever is a keyword: of what occurs once and not in the title, phrases of four words and
     more, and those of one and three that are part of a longer one.
     """
-    first, last = places[0]
-    alone = any(is_open(left) and is_open(right) for left, right in beside)
-    return len(places) > 1 or words[first].title or last == first + 1 or (alone and last < first + 3)
+    words, left, right = places[0]
+    alone = is_open(left) and is_open(right)
+    return len(places) > 1 or words[0].title or len(words) == 2 or (alone and len(words) < 4)
 
 
 def find_candidates(titles, abstracts, keywords):
@@ -176,31 +175,29 @@ def find_candidates(titles, abstracts, keywords):
     for paper, (title, abstract) in enumerate(zip(titles, abstracts)):
         words = [*read_words(title, True), *read_words(abstract, False), END]
         for phrase, places in find_phrases(words).items():
-            beside = [sides(words, *place) for place in places]
-            if not is_likely(words, places, beside):
+            if not is_likely(places):
                 continue
-            first, last = places[0]
-            for left, right in beside:
-                around.append((len(rows), number_of(left), number_of(right)))
-            ends = number_of(words[first].lower), number_of(words[last].lower)
+            for place in places:
+                around.append((len(rows), number_of(place.left), number_of(place.right)))
+            split = phrase.split(" ")
+            ends = number_of(split[0]), number_of(split[-1])
             rows.append((paper, numbers.setdefault(phrase, len(numbers)), *ends))
-            inside = [place for place in places if words[place[0]].gap not in ("", ".")]
-            first, last = (inside or places)[-1]
-            written.append(" ".join([word.written for word in words[first : last + 1]]))
-            for name, value in describe(phrase, [words[first] for first, _ in places], beside).items():
+            inside = [place for place in places if place.words[0].gap not in ("", ".")]
+            written.append(" ".join([word.written for word in (inside or places)[-1].words]))
+            for name, value in describe(phrase, places).items():
                 features[name].append(value)
     features = {name: np.array(values, dtype=np.float32) for name, values in features.items()}
     rows, around = np.array(rows, dtype=np.int64).reshape(-1, 4), np.array(around, dtype=np.int64).reshape(-1, 3)
     return Candidates([*numbers], [*different], *rows.T, written, features, *around.T)
 
 
-def describe(phrase, starts, beside):
-    """The features of a phrase that need no keywords: {name: number}. starts: its first Word at each of its places;
-    beside: at each of them (left, right), see sides().
-    """
-    words, tf = phrase.split(" "), len(starts)
-    open_left, open_right = [is_open(left) for left, _ in beside], [is_open(right) for _, right in beside]
-    alone = sum(left and right for left, right in zip(open_left, open_right))
+def describe(phrase, places):
+    """The features of a phrase that need no keywords: {name: number}. places: list of Place."""
+    words, tf = phrase.split(" "), len(places)
+    starts = [place.words[0] for place in places]
+    left, right = [place.left for place in places], [place.right for place in places]
+    open_left, open_right = list(map(is_open, left)), list(map(is_open, right))
+    alone = sum(a and b for a, b in zip(open_left, open_right))
     return {
         "words": len(words),
         "letters": len(phrase),
@@ -216,7 +213,7 @@ def describe(phrase, starts, beside):
         "open_right": sum(open_right) / tf,
         "alone": alone / tf,
         "alone_count": alone,
-        "different_left": len({left for left, _ in beside}) / tf,
-        "different_right": len({right for _, right in beside}) / tf,
-        "before_bracket": sum(right == "(" for _, right in beside) / tf,
+        "different_left": len(set(left)) / tf,
+        "different_right": len(set(right)) / tf,
+        "before_bracket": right.count("(") / tf,
     }

@@ -1,12 +1,10 @@
 """How a keyword is written: "Deep learning", "deep learning", "Deep Learning" or both, for a board that counts casing.
 
-    lists = list_entries(corpus, rated, folds, titles)   # {paper: {as written: keyword}}, the likeliest first
+    entries = list_entries(corpus, rated, folds)   # for each paper {as written: keyword}, the likeliest first
 
 An entry is a pair of phrase and casing. Boosted trees learn from the training papers' own keywords which casing
 P(casing | phrase, paper) a keyword has; P(entry) = P(keyword) x P(casing). All of it is cross-fitted over the folds of
 papers: how a paper writes its own keywords changes no feature of its entries.
-
-To add a feature, add a line to describe(). To offer another casing, add a line to casings().
 """
 
 from array import array
@@ -76,7 +74,7 @@ def describe(written, phrase, in_text, elsewhere):
 
 
 def count_writings(corpus, folds):
-    """How the fitted papers write keywords: {(fold, keyword): Counter of writings}; fold None counts all folds."""
+    """How the fitted papers write keywords: {(fold, keyword): Counter of writings}; fold None is of all folds."""
     counts = defaultdict(Counter)
     for paper in np.flatnonzero(folds >= 0):
         for keyword, written in corpus.written[paper].items():
@@ -85,19 +83,19 @@ def count_writings(corpus, folds):
     return counts
 
 
-def describe_entries(corpus, rated, folds, titles):
+def describe_entries(corpus, rated, folds):
     """All entries of rated candidates: their candidate (index into rated), how they are written (list of str), features
     (float32 [entries, features]), whether the paper has exactly that keyword (bool). Arguments as for list_entries.
     """
-    counts, found = count_writings(corpus, folds), corpus.found
+    counts, nowhere, found = count_writings(corpus, folds), Counter(), corpus.found
     in_texts = dict(zip(zip(found.paper.tolist(), found.phrase.tolist()), found.written))
-    title_capitals = [capital_share([w for w in title.split()[1:] if w.lower() not in STOP]) for title in titles]
+    title_capitals = [capital_share([w for w in title.split()[1:] if w.lower() not in STOP]) for title in corpus.titles]
     capitals = np.array([capital_share(keywords.values()) for keywords in corpus.written])
     neighbours_capitals = weigh_neighbours(corpus.tfidf, folds) @ capitals
     candidates, written, features, correct = [], [], array("f"), []
     for i, (paper, phrase) in enumerate(zip(*rated[:2])):
-        keyword, in_text = corpus.found.phrases[phrase], in_texts.get((paper, phrase))
-        elsewhere = counts.get((None, keyword), Counter()) - counts.get((folds[paper], keyword), Counter())
+        keyword, in_text = found.phrases[phrase], in_texts.get((paper, phrase))
+        elsewhere = counts.get((None, keyword), nowhere) - counts.get((folds[paper], keyword), nowhere)
         for casing in casings(keyword, in_text, elsewhere):
             candidates.append(i)
             written.append(casing)
@@ -108,29 +106,23 @@ def describe_entries(corpus, rated, folds, titles):
     return np.array(candidates), written, features, np.array(correct)
 
 
-def list_entries(corpus, rated, folds, titles):
-    """The entries of each paper, the likeliest first: {paper: {as written: keyword}}. rated: (paper, phrase,
-    P(keyword)), arrays; folds: int array [papers], the fold of a paper to learn from, -1 for any other; titles: of all
-    papers.
+def list_entries(corpus, rated, folds):
+    """The entries of each paper, the likeliest first: list [papers] of {as written: keyword}. rated: from
+    learn_and_rate; folds: int array [papers], the fold of a paper to learn from, -1 for any other.
     """
-    candidate, written, x, correct = describe_entries(corpus, rated, folds, titles)
+    candidate, written, x, correct = describe_entries(corpus, rated, folds)
     paper, phrase, prob = (values[candidate] for values in rated)
     is_keyword = lookup(corpus.keywords, paper, phrase) > 0
-    prob = prob * rate_casings(x, correct, is_keyword, folds[paper])
-    lists = defaultdict(dict)
-    for i in np.lexsort((-prob, paper)):  # ties keep the order of rated
-        lists[paper[i]].setdefault(written[i], corpus.found.phrases[phrase[i]])
-    return lists
 
-
-def rate_casings(x, correct, is_keyword, fold):
-    """P(casing | keyword) of each entry, learned from those of other folds that are keywords: float array [entries]."""
-
-    def rate(number, learn, asked):
+    def rate(number, learn, asked):  # P(casing | keyword), learned from entries that are keywords
         learn = learn & is_keyword
         if not 0 < correct[learn].sum() < learn.sum():
             return np.ones(len(asked))  # nothing to learn from: the first one of casings()
         trees = HistGradientBoostingClassifier(**TREES, early_stopping=False, random_state=number)
         return trees.fit(x[learn], correct[learn]).predict_proba(x[asked])[:, 1]
 
-    return cross_fit(fold, rate)
+    prob = prob * cross_fit(folds[paper], rate)
+    entries = [{} for _ in corpus.titles]
+    for i in np.lexsort((-prob, paper)):  # ties keep the order of rated
+        entries[paper[i]].setdefault(written[i], corpus.found.phrases[phrase[i]])
+    return entries

@@ -4,9 +4,6 @@ Candidates are the phrases of a paper (candidates.py) and the keywords of traini
 keywords is cross-fitted over folds: a paper's features and the trees that rate it come from the keywords of the other
 folds. The features of those other papers do count the keywords of its fold, but by measurement scores out of fold and
 of papers never seen agree. All of it is averaged over several partitions into folds: one set of trees varies much more.
-
-To add a feature, add a line to one of the functions in FEATURES below, or a function of your own:
-view -> {name: array [candidates]}.
 """
 
 import os
@@ -37,6 +34,7 @@ RANKED = ("tf_idf", "rate_head", "rate_phrase", "near", "alone_count")  # featur
 class Corpus:
     """What does not depend on the folds. The papers of train come first, then those of test, which have no keywords."""
 
+    titles: list  # of all papers
     found: Candidates  # the phrases of the texts
     train: int  # how many papers are of train: no other paper may count for a test paper
     written: list  # for each paper: {keyword: as written}
@@ -54,6 +52,7 @@ def build_corpus(train, test, written):
     numbers = {phrase: i for i, phrase in enumerate(found.phrases)}
     places = (owner, [numbers[keyword] for keyword in known])
     return Corpus(
+        titles=titles,
         found=found,
         train=len(train),
         written=[*written, *({} for _ in range(len(test)))],
@@ -107,17 +106,17 @@ def weigh_neighbours(tfidf, folds):
     the square of the similarity.
     """
     fitted, count = np.flatnonzero(folds >= 0), len(folds)
-    rows, columns, weights = [], [], []
-    for paper in range(0, count, 1000):  # a block of papers at a time, for the memory
-        block = (tfidf[paper : paper + 1000] @ tfidf[fitted].T).toarray()
-        block[folds[paper : paper + 1000, None] == folds[None, fitted]] = 0
+    neighbours, shares = [], []
+    for start in range(0, count, 1000):  # a block of papers at a time, for the memory
+        block = (tfidf[start : start + 1000] @ tfidf[fitted].T).toarray()
+        block[folds[start : start + 1000, None] == folds[fitted]] = 0
         nearest = np.argsort(-block, axis=1, kind="stable")[:, :NEIGHBOURS]
         weight = np.take_along_axis(block, nearest, axis=1) ** 2
-        rows.append(np.repeat(np.arange(len(block)) + paper, nearest.shape[1]))
-        columns.append(fitted[nearest.ravel()])
-        weights.append((weight / np.maximum(weight.sum(axis=1, keepdims=True), 1e-9)).ravel())
-    rows, columns, weights = (np.concatenate(arrays) for arrays in (rows, columns, weights))
-    return sparse.csr_matrix((weights, (rows, columns)), shape=(count, count))
+        neighbours.append(fitted[nearest])
+        shares.append(weight / np.maximum(weight.sum(axis=1, keepdims=True), 1e-9))
+    columns, values = np.concatenate(neighbours), np.concatenate(shares)
+    rows = np.repeat(np.arange(count), columns.shape[1])
+    return sparse.csr_matrix((values.ravel(), (rows, columns.ravel())), shape=(count, count))
 
 
 @dataclass
@@ -206,7 +205,7 @@ def frequency(view):
     return {"tf_idf": np.bincount(found.of) * np.log((train + 1) / (others + 1))}
 
 
-FEATURES = (known_keywords, phrase_rates, word_rates, frequency)
+FEATURES = (known_keywords, phrase_rates, word_rates, frequency)  # each: View -> {name: array [candidates]}
 
 
 def make_features(view):
@@ -266,11 +265,11 @@ def rate_once(corpus, folds, seed):
     return view.paper, view.phrase, cross_fit(folds[view.paper], rate)
 
 
-def learn_and_rate(corpus, partitions):
+def learn_and_rate(corpus, partitions, most):
     """Rate the candidates of each paper by trees that learned from the papers of the other folds, and average that over
     partitions. partitions: int array [partitions, papers], the fold of a paper to learn from, -1 for any other, which
-    gets the mean of all folds' trees. Returns (paper, phrase, P(keyword)), arrays [candidates]; a keyword that one
-    partition does not propose counts as 0 there.
+    gets the mean of all folds' trees. A keyword that one partition does not propose counts as 0 there. Returns (paper,
+    phrase, P(keyword)), arrays, of the `most` likeliest candidates of each paper, by paper and falling P.
     """
     rated = []
     for i, folds in enumerate(tqdm(partitions, desc="partitions")):
@@ -279,4 +278,7 @@ def learn_and_rate(corpus, partitions):
     size = len(corpus.found.phrases)
     key, same = np.unique(paper * size + phrase, return_inverse=True)
     paper, phrase = np.divmod(key, size)
-    return paper, phrase, np.bincount(same, prob) / len(partitions)
+    prob = np.bincount(same, prob) / len(partitions)
+    chosen = np.lexsort((-prob, paper))  # ties keep their order
+    chosen = chosen[rank(paper[chosen], prob[chosen]) < most]
+    return paper[chosen], phrase[chosen], prob[chosen]

@@ -29,13 +29,13 @@ def test_a_held_out_paper_shapes_nothing_in_its_fold(train, change, text):
     settings, labels = {**SETTINGS, **change}, train["label"].to_numpy()
     folds, fields = common.fold_numbers(train, 5, 1), ["title", "author", "abstract"]
     paper = int(np.flatnonzero(folds == 0)[0])
-    papers, other = train.copy(), train.copy()
+    other = train.copy()
     other.loc[paper, fields] = ["zebra " * 50, "Q. Q.;" * 9, train["abstract"][paper + 1] * 3]
     probs = []
-    for frame in (papers, other):
+    for papers in (train.copy(), other):
         if text == "held out":
-            frame.loc[folds > 0, fields] = ""
-        _, counts = baseline.count_ngrams(frame, fields)
+            papers.loc[folds > 0, fields] = ""
+        _, counts = baseline.count_ngrams(papers, fields)
         probs.append(baseline.out_of_fold(counts, labels, folds, settings))
     same = (folds == 0) & (np.arange(len(train)) != paper)
     assert np.array_equal(probs[0][same], probs[1][same])
@@ -56,6 +56,15 @@ def test_author_characters_tell_what_words_cannot(train):
 def test_author_styles():
     cells = ["Lee, Ann; Chen, Bo", "Lee, Ann", "Ann Lee;Bo Chen", "Ann Lee,Bo Chen", "Ann Lee", ""]
     assert [baseline.author_style(cell) for cell in cells] == [";", ";", ";", ",", "name", "none"]
+
+
+@pytest.mark.parametrize("model", baseline.MODELS)
+def test_papers_that_share_no_word_get_the_share_of_the_classes(model):
+    papers = pd.DataFrame({"title": ["milk", "cell", "5G", "gene", "wall", "rice", "rain", "lung"], "abstract": ""})
+    _, counts = baseline.count_ngrams(papers, ["title"])
+    labels, folds = np.array([0, 1] * 4), np.arange(8) // 4
+    probs = baseline.out_of_fold(counts, labels, folds, {**SETTINGS, "model": model})
+    assert np.allclose(probs, 0.5, atol=0.1)
 
 
 def test_what_one_class_uses_counts_more_than_what_both_use():
@@ -147,18 +156,12 @@ def test_says_what_is_odd_of_train_and_test(kit, write_csv):
     assert "--limit 60" in done.stderr and "60 out of fold" in done.stdout
 
 
-@pytest.mark.parametrize(
-    "flags, words",
-    [
-        (["--folds", "1"], ["--folds"]),
-        (["--folds", "99"], ["--folds 99", "train"]),
-        (["--fields", "Keywords"], ["--fields Keywords"]),
-        (["--limit", "1"], ["--limit 1", "label"]),
-        (["--train", "none.csv"], ["none.csv", "no such file"]),
-        (["--train", SAMPLE / "test.csv"], ["test.csv", "no column label"]),
-        (["--test", SAMPLE / "train.csv"], ["train.csv", "--test"]),
-    ],
-)
+@pytest.mark.parametrize("flags, words", [
+    (["--folds", "99"], ["--folds 99", "train"]),
+    (["--fields", "Keywords"], ["--fields Keywords"]),
+    (["--limit", "1"], ["--limit 1", "label"]),
+    (["--train", SAMPLE / "test.csv"], ["test.csv", "no column label"]),
+])  # fmt: skip
 def test_refuses(refused, flags, words):
     refused("baseline.py", *flags, words=words)
 
