@@ -9,12 +9,11 @@ import re
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from urllib.request import getproxies
 
 from lib.cli import InputError, log
 
 SAFE = {"trust_remote_code": False, "local_files_only": True}  # arguments for every from_pretrained
-FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
+FILES = ["*.json", "*.txt", "*.model", "*.jinja"]  # beside the weights
 UNUSED = ["*/*", "consolidated*"]  # folders; Mistral's weights a second time
 WAIT = 10  # seconds for an answer of the hub
 ELSEWHERE = "a local directory, a mirror (HF_ENDPOINT=https://hf-mirror.com), or --model embedded"
@@ -33,13 +32,13 @@ def local_folder(flag, name):
     """The directory of a model, as a string: `name` itself, or the download of a hub name. Raises InputError, blaming
     `flag`, if there is no such model or if a file is only a git-lfs pointer.
     """
-    folder = Path(name) if Path(name).is_dir() else download(flag, name)
+    folder = name if Path(name).is_dir() else download(flag, name)
     check_folder(folder)
     return str(folder)
 
 
 def download(flag, name):
-    """Download a model from the hub into its cache, as a Path. Without the hub the cache alone will do."""
+    """Download a model from the hub into its cache; return its folder there. Without the hub the cache will do."""
     from huggingface_hub import constants, get_session, snapshot_download
 
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
@@ -48,34 +47,18 @@ def download(flag, name):
     log(f"{flag} {name}: looking on the hub, {constants.ENDPOINT}")
     try:
         get_session().event_hooks["request"].append(limit_wait)
-        folder = Path(snapshot_download(name, allow_patterns=[*FILES, "*.safetensors"], **options))
-        if not any(folder.glob("*.safetensors")):
+        folder = snapshot_download(name, allow_patterns=[*FILES, "*.safetensors"], **options)
+        if not any(Path(folder).glob("*.safetensors")):
             snapshot_download(name, allow_patterns=[*FILES, "*.bin"], **options)
     except Exception as error:  # of three libraries, with no common base
-        raise InputError(f"{flag} {name} can't be downloaded {explain_hub(error)}, or give {ELSEWHERE}") from None
+        raise InputError(f"{flag} {name} can't be downloaded ({first_line(error)}): check the name, the network and "
+                         f"HF_TOKEN (a gated model has terms to accept), or give {ELSEWHERE}") from None  # fmt: skip
     return folder
 
 
 def limit_wait(request):
     """Let a request to the hub end after WAIT seconds of silence: snapshot_download's first one would wait for ever."""
     request.extensions["timeout"] = dict.fromkeys(("connect", "read", "write", "pool"), WAIT)
-
-
-def explain_hub(error):
-    """What went wrong with the hub, and a remedy: '(ReadTimeout: timed out): try again later'."""
-    from huggingface_hub import errors
-
-    if isinstance(error, errors.LocalEntryNotFoundError):  # of the cache; the hub's is its cause
-        error = error.__cause__ or error
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    remedy = "try again later"
-    if isinstance(error, errors.OfflineModeIsEnabled):
-        remedy = "unset HF_HUB_OFFLINE"
-    elif isinstance(error, errors.RepositoryNotFoundError) or status in (401, 403):  # gated ones are of this class, too
-        remedy = "check the name; accept a gated model's terms on the hub and set HF_TOKEN; unset an expired HF_TOKEN"
-    elif status is None and getproxies().keys() - {"no"}:
-        remedy = "fix or unset the proxy (a SOCKS proxy needs: pip install socksio), try again later"
-    return f"({type(error).__name__}: {first_line(error)}): {remedy}"
 
 
 def first_line(error):
@@ -85,7 +68,7 @@ def first_line(error):
 
 def check_folder(folder):
     """Raise InputError if a file of a model's or an adapter's directory is a git-lfs pointer."""
-    for path in [*Path(folder).glob("*"), *Path(folder).glob("*/*")]:
+    for path in Path(folder).iterdir():
         check_pointer(path)
 
 

@@ -1,13 +1,10 @@
 """Models that nobody vouches for, and a hub that fails: no code is run, and one line says what is wrong."""
 
-import http.server
 import os
-import re
 import shutil
+import socket
 import subprocess
 import sys
-import threading
-import time
 
 import huggingface_hub
 import pytest
@@ -90,14 +87,6 @@ def test_nothing_of_a_hostile_adapter_is_run(kit, refused, tmp_path, tiny_llm):
     refused(*command, words=["has no adapter_model.safetensors"])
 
 
-def test_a_directory_of_links_loads(tmp_path, tiny_bert):
-    """As the hub's cache, or a directory of links into it."""
-    (tmp_path / "model").mkdir()
-    for path in tiny_bert.iterdir():
-        (tmp_path / "model" / path.name).symlink_to(path)
-    assert hub.local_folder("--model", str(tmp_path / "model")) == str(tmp_path / "model")
-
-
 def test_a_git_lfs_pointer_is_refused(tmp_path):
     (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     with pytest.raises(InputError, match="git lfs pull"):
@@ -125,59 +114,25 @@ def test_weights_are_downloaded_once(tmp_path, monkeypatch, files, weights):
 # ---- a hub that fails ------------------------------------------------------------------------------------------------
 
 
-class Answer(http.server.BaseHTTPRequestHandler):
-    """A hub that has one fault for each model: kit/status500 is answered with status 500, kit/silent0 never."""
-
-    def do_GET(self):
-        kind, status = re.search(r"(?:/kit/([a-z]+)(\d+)|$)", self.path).groups()
-        if kind == "silent":
-            return self.server.over.wait(60)
-        self.send_response(int(status or 404))
-        if kind in ("gated", "missing"):
-            self.send_header("X-Error-Code", {"gated": "GatedRepo", "missing": "RepoNotFound"}[kind])
-        self.end_headers()
-        self.wfile.write(b"<html>not JSON</html>")
-
-    do_HEAD = do_GET
-
-    def log_message(self, *arguments):
-        pass
-
-
-@pytest.fixture(scope="module")
-def failing_hub():
-    """The server's address."""
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answer)
-    server.over, server.daemon_threads = threading.Event(), True
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.over.set()
-    server.shutdown()
-
-
 @pytest.mark.parametrize(
-    ("name", "env", "words"),
+    ("env", "word"),
     [
-        ("kit/missing404", {}, ["404", "check the name"]),
-        ("kit/gated403", {}, ["403", "model's terms"]),
-        ("kit/expired401", {"HF_TOKEN": "hf_expired"}, ["401", "unset an expired HF_TOKEN"]),
-        ("kit/status429", {}, ["429", "try again later"]),
-        ("kit/any", {"HF_ENDPOINT": "http://127.0.0.1:9"}, ["refused", "try again later"]),
-        ("kit/any", {"HF_HUB_OFFLINE": "1"}, ["unset HF_HUB_OFFLINE"]),
-        ("kit/any", {"ALL_PROXY": "socks5://127.0.0.1:9"}, ["SOCKS", "socksio"]),
-        pytest.param("kit/silent0", {}, ["timed out", "try again later"], marks=pytest.mark.slow),
+        ({"HF_ENDPOINT": "http://127.0.0.1:9"}, "refused"),
+        ({"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE"),
+        ({"ALL_PROXY": "socks5://127.0.0.1:9"}, "SOCKS"),
+        pytest.param({}, "timed out", marks=pytest.mark.slow),
     ],
 )
-def test_a_hub_that_fails_is_one_line(tmp_path, failing_hub, name, env, words):
-    """In another process, for huggingface_hub reads the environment when it is imported."""
-    script = "import sys; from lib import cli, hub; cli.run_script(lambda: hub.download('--model', sys.argv[1]))"
+def test_a_hub_that_fails_is_one_line(tmp_path, env, word):
+    """In another process, for huggingface_hub reads the environment when it is imported. Where `env` doesn't say
+    otherwise the hub accepts the connection and never answers.
+    """
+    script = "from lib import cli, hub; cli.run_script(lambda: hub.download('--model', 'kit/any'))"
     environment = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
-    environment |= {"HF_ENDPOINT": failing_hub, "HF_HOME": str(tmp_path), **env}
-    started = time.perf_counter()
-    command = [sys.executable, "-c", script, name]
-    done = subprocess.run(command, cwd=KIT, env=environment, capture_output=True, text=True)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        environment |= {"HF_ENDPOINT": f"http://127.0.0.1:{silent.getsockname()[1]}", "HF_HOME": str(tmp_path), **env}
+        command = [sys.executable, "-c", script]
+        done = subprocess.run(command, cwd=KIT, env=environment, capture_output=True, text=True, timeout=30)
     line = done.stderr.splitlines()[-1]
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
-    assert f"--model {name} can't be downloaded (" in line and "HF_ENDPOINT" in line
-    assert [word for word in words if word not in line] == [], line
-    assert time.perf_counter() - started < 25
+    assert "--model kit/any can't be downloaded (" in line and word in line and "HF_ENDPOINT=" in line
