@@ -91,10 +91,8 @@ def explain_loading(flag, name):
     """Turn what from_pretrained raises for a model that is missing or unfit into one line."""
     try:
         yield
-    except InputError:
-        raise
     except Exception as error:
-        if is_out_of_memory(error):
+        if isinstance(error, InputError) or is_out_of_memory(error):
             raise
         what = first_line(error)
         if "custom code" in what or "Weights only load failed" in what:
