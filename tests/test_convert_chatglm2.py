@@ -3,17 +3,16 @@ tiny ChatGLM2-layout checkpoints with random weights that are made here.
 """
 
 import json
-import os
+import random
 from pathlib import Path
 
-import hypothesis.strategies as st
 import pytest
 import sentencepiece
 import torch
 from conftest import call, edit_json
-from hypothesis import example, given, settings
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from test_hub import Payload
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import convert_chatglm2
@@ -194,14 +193,13 @@ def test_what_lies_beside_the_weights(plain):
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the memory from Linux's /proc")
-@pytest.mark.parametrize("safetensors", [False, True])
-def test_weights_stay_in_their_files(tmp_path, safetensors):
+def test_weights_stay_in_their_files(tmp_path):
     def memory():
         lines = Path("/proc/self/status").read_text().splitlines()
         return 1024 * int(next(line for line in lines if line.startswith("RssAnon")).split()[1])
 
     sizes = {"hidden_size": 1024, "ffn_hidden_size": 2048, "num_attention_heads": 8, "kv_channels": 128}
-    make_dir(tmp_path / "in", safetensors=safetensors, num_layers=8, **sizes)
+    make_dir(tmp_path / "in", num_layers=8, **sizes)
     config = convert_chatglm2.convert_config(tmp_path / "in")
     before = memory()
     model = convert_chatglm2.build_model(tmp_path / "in", config)
@@ -212,34 +210,34 @@ def test_weights_stay_in_their_files(tmp_path, safetensors):
 
 WORDS = ["sop", "eop", "isopropyl", "philosophy", "geopolitics", "soap", "people", "</s>", "<s>", "<unk>", "<0x0A>"]
 WORDS += [*SPECIAL, "[gMASK]sop", "[Round 1]", *"\n\t\r\0▁🙂é", "\n\n", "  ", "问：", "答：", "你好", "naïve"]
-PARTS = st.sampled_from(WORDS) | st.sampled_from("aeopslt 01▁.") | st.text(max_size=6)
-TEXTS = st.lists(PARTS, max_size=12).map("".join)
-MANY = settings(max_examples=100, deadline=None, derandomize=True, database=None)
+WORDS += [*"aeopslt 01.", *map(chr, range(0x20, 0xD800, 997))]
 
 
-@MANY
-@given(TEXTS.filter(lambda text: not text.startswith("[gMASK]sop[Round 1]")))
-@example("")
-@example("[gMASK]sop")
-@example("geopolitics of isopropyl philosophy eop")
-def test_ids_are_those_of_sentencepiece(tok, sp, text):
-    ids = published_ids(sp, text)
-    assert tok(text)["input_ids"] == PREFIX + ids
-    assert tok(text, add_special_tokens=False)["input_ids"] == ids
-    if max(ids, default=0) < sp.vocab_size():  # sentencepiece does not know the special names
-        assert tok.decode(ids) == text.replace("▁", " ") == sp.decode(ids)
+def draw_texts(count=200):
+    """Odd texts, and others of up to twelve words or characters drawn at random."""
+    draw = random.Random(0)
+    odd = ["", "[gMASK]sop", "[gMASK]sop[Round 1]", "geopolitics of isopropyl philosophy eop"]
+    return odd + ["".join(draw.choices(WORDS, k=draw.randint(1, 12))) for _ in range(count)]
 
 
-@MANY
-@given(TEXTS)
-@example("[gMASK]sop[Round 1]")
-@example("")
-def test_prompt_is_the_published_one(tok, sp, query):
-    prompt = f"[Round 1]\n\n问：{query}\n\n答："
-    chat = [{"role": "user", "content": query}]
-    ids = tok.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
-    assert ids == PREFIX + published_ids(sp, prompt)
-    assert tok.apply_chat_template(chat, tokenize=False) == "[gMASK]sop" + prompt
+def test_ids_are_those_of_sentencepiece(tok, sp):
+    for text in draw_texts():
+        if text.startswith("[gMASK]sop[Round 1]"):  # the head of a chat, see below
+            continue
+        ids = published_ids(sp, text)
+        assert tok(text)["input_ids"] == PREFIX + ids, text
+        assert tok(text, add_special_tokens=False)["input_ids"] == ids
+        if max(ids, default=0) < sp.vocab_size():  # sentencepiece does not know the special names
+            assert tok.decode(ids) == text.replace("▁", " ") == sp.decode(ids)
+
+
+def test_prompt_is_the_published_one(tok, sp):
+    for query in draw_texts():
+        prompt = f"[Round 1]\n\n问：{query}\n\n答："
+        chat = [{"role": "user", "content": query}]
+        ids = tok.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
+        assert ids == PREFIX + published_ids(sp, prompt), query
+        assert tok.apply_chat_template(chat, tokenize=False) == "[gMASK]sop" + prompt
 
 
 def test_a_chat_of_another_form_is_refused(tok):
@@ -279,14 +277,6 @@ def test_bytes_that_are_not_utf8_are_decoded_as_published(tok, sp):
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 1980385902\n"
 SECOND = "pytorch_model-00002-of-00002.bin"
-LAST = "transformer.encoder.layers.1.self_attention.query_key_value.weight"
-
-
-class Payload:
-    """Pickled code that would leave a folder behind."""
-
-    def __reduce__(self):
-        return os.mkdir, ("run",)
 
 
 def edit_config(**changes):
@@ -304,26 +294,18 @@ def third_shard(content):
 
 FAULTS = {
     "plain GLM": (edit_config(model_type="glm"), ["'glm'", "needs no conversion"]),
-    "ChatGLM-6B": (write("config.json", '{"model_type": "chatglm"}'), ["multi_query_attention"]),
-    "ChatGLM3": (edit_config(_name_or_path="THUDM/chatglm3-6b"), ["ChatGLM3"]),
-    "GLM-4": (edit_config(eos_token_id=[151329, 151336]), ["eos_token_id"]),
     "int4": (edit_config(quantization_bit=4), ["quantization_bit"]),
-    "32k": (edit_config(rope_ratio=50), ["rope_ratio"]),
-    "P-tuned": (edit_config(pre_seq_len=128), ["pre_seq_len"]),
+    "ChatGLM3": (edit_config(_name_or_path="THUDM/chatglm3-6b"), ["ChatGLM3"]),
     "other size": (edit_config(padded_vocab_size=400), ["size mismatch", "embed_tokens"]),
     "other folder": (lambda d: (d / "config.json").unlink(), ["config.json", "no such file"]),
-    "config is not JSON": (write("config.json", "[1"), ["config.json", "download"]),
     "no weights": (lambda d: [file.unlink() for file in d.glob("*.bin")], ["pytorch_model*.bin"]),
     "missing shard": (lambda d: (d / SECOND).unlink(), ["download", "Missing key", "model.layers.1.self_attn.q_proj"]),
     "cut-off shard": (lambda d: (d / SECOND).write_bytes((d / SECOND).read_bytes()[:-999]), [SECOND, "download"]),
     "git-lfs weights": (write(SECOND, POINTER), [SECOND, "git lfs pull"]),
     "no tokenizer": (lambda d: (d / "tokenizer.model").unlink(), ["tokenizer.model", "missing"]),
     "GLM-4's tokenizer": (write("tokenizer.model", "IQ== 0\n"), ["tokenizer.model"]),
-    "pickled code": (third_shard({"a": Payload()}), ["pytorch_model-3.bin"]),
-    "not a dict": (third_shard(1), ["pytorch_model-3.bin"]),
+    "pickled code": (third_shard({"a": Payload("run")}), ["pytorch_model-3.bin"]),
     "foreign tensor": (third_shard({"b": torch.ones(1)}), ["Unexpected key", '"b"']),
-    "other shape": (third_shard({LAST: torch.ones(3, 32)}), ["split_sizes"]),
-    "quantised tensor": (third_shard({LAST: torch.ones(64, 32, dtype=torch.int8)}), ["q_proj", "floating point"]),
 }
 
 
@@ -335,30 +317,24 @@ def test_another_or_damaged_model_is_refused(refused, tmp_path, fault):
     refused("convert_chatglm2.py", "in", "out", words=words)
 
 
-OTHER_KINDS = [
-    {"normalization_rule_name": "nmt_nfkc"},
-    {"add_dummy_prefix": False},
-    {"remove_extra_whitespaces": True},
-    {"byte_fallback": False, "vocab_size": 150},
-    {"model_type": "unigram", "vocab_size": 350},
-]
-
-
-@pytest.mark.parametrize("changes", OTHER_KINDS)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"normalization_rule_name": "nmt_nfkc"},
+        {"add_dummy_prefix": False},
+        {"remove_extra_whitespaces": True},
+        {"byte_fallback": False, "vocab_size": 150},
+        {"model_type": "unigram", "vocab_size": 350},
+    ],
+)
 def test_tokenizer_of_another_kind_is_refused(tmp_path, changes):
     train_tokenizer(tmp_path, **changes)
     with pytest.raises(InputError, match="tokenizer.model.*ChatGLM2"):
         convert_chatglm2.build_tokenizer(tmp_path / "tokenizer.model")
 
 
-def test_out_dir_is_written_whole_or_left_as_it_is(refused, tmp_path, monkeypatch):
+def test_another_folder_is_not_overwritten(refused, tmp_path):
     make_dir(tmp_path / "in")
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "thesis.txt").write_text("mine")
     refused("convert_chatglm2.py", "in", "thesis", words=["thesis", "already"])
-
-    def fail(*args):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(convert_chatglm2.shutil, "copy", fail)
-    refused("convert_chatglm2.py", "in", "out", words=["out", "No space left"])

@@ -31,16 +31,11 @@ needs_bitsandbytes = pytest.mark.skipif(
         ("auto", [], "fp32", False),
         ("bf16", [(7, 5)], "bf16", True),
         ("bf16", [(9, 0)], "bf16", False),
-        ("bf16", [], "bf16", False),
-        ("fp32", [(7, 5)], "fp32", False),
     ],
 )
 def test_precision(capsys, wanted, cards, precision, warned):
     assert gpu.choose_precision(wanted, cards) == precision
     assert ("emulates" in capsys.readouterr().err) == warned
-
-
-def test_fp16_is_for_cards():
     with pytest.raises(InputError, match="needs CUDA"):
         gpu.choose_precision("fp16", [])
 
@@ -50,14 +45,7 @@ T4 = "GPU 0: Tesla T4 (UUID: GPU-5a8f)\nGPU 1: Tesla T4 (UUID: GPU-77b1)"
 
 @pytest.mark.parametrize(
     ("visible", "listed", "loud"),
-    [
-        (None, T4, True),
-        ("0", T4, True),
-        ("", T4, False),
-        ("-1", T4, False),
-        (None, "No devices were found", False),
-        (None, "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.", False),
-    ],
+    [("0", T4, True), ("", T4, False), ("-1", T4, False), ("0", "No devices were found", False)],
 )
 def test_a_card_that_torch_does_not_find(tmp_path, monkeypatch, capsys, visible, listed, loud):
     """With an nvidia-smi in the PATH, and without a card for torch."""
@@ -65,9 +53,7 @@ def test_a_card_that_torch_does_not_find(tmp_path, monkeypatch, capsys, visible,
     tool.write_text(f"#!/bin/sh\ncat <<'END'\n{listed}\nEND\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    if visible is not None:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert gpu.find_cards() == []
     said = capsys.readouterr().err.splitlines()
@@ -135,7 +121,9 @@ def test_a_fold_frees_its_model(kit, monkeypatch, tiny_llm, tiny_bert, place):
 
 @pytest.fixture(params=["fp16"])
 def half(request, monkeypatch):
-    """On a CPU training.make_accelerator gives bf16, or what fp16 is with CUDA: autocast and scaled gradients."""
+    """On a CPU training.make_accelerator gives bf16, or what fp16 is with CUDA: autocast and gradients scaled so much
+    that they overflow at first.
+    """
     make = training.make_accelerator
 
     def make_half(precision):
@@ -143,7 +131,7 @@ def half(request, monkeypatch):
         accelerator = make("bf16")
         if request.param == "fp16":
             accelerator.state._mixed_precision = "fp16"
-            accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+            accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**27)
         return accelerator
 
     monkeypatch.setattr(training, "make_accelerator", make_half)
@@ -151,7 +139,18 @@ def half(request, monkeypatch):
     AcceleratorState._reset_state()
 
 
-def trying(monkeypatch):
+@pytest.mark.parametrize("half", ["bf16", "fp16"], indirect=True)
+def test_resumed_is_uninterrupted(tmp_path, half):
+    _, whole, _ = loop.fit(tmp_path / "whole")
+    with pytest.raises(InterruptedError):
+        loop.fit(tmp_path / "cut", loop.make_task(losses=loop.dying([], 14)), save_minutes=0)
+    state = training.read_state(tmp_path / "cut" / training.LAST)
+    assert state["epoch"] == 1 and (half == "bf16" or state["scaler"]["scale"] < 2**27)
+    _, resumed, _ = loop.fit(tmp_path / "cut", save_minutes=0, resume=True)
+    assert loop.equal(whole, resumed, atol=0)
+
+
+def try_each_epoch(monkeypatch):
     """Let the loop try the largest piece before each epoch, as it does with CUDA before the first."""
     train_epoch = training.train_epoch
     monkeypatch.setattr(training, "train_epoch", lambda run: (training.try_largest(run), train_epoch(run)))
@@ -166,49 +165,29 @@ def test_trying_the_largest_piece_changes_nothing(tmp_path, monkeypatch, accumul
         return loop.losses(model, papers)
 
     _, plain, _ = loop.fit(tmp_path / "plain", accumulate=accumulate)
-    trying(monkeypatch)
+    try_each_epoch(monkeypatch)
     _, tried, _ = loop.fit(tmp_path / "tried", loop.make_task(losses=losses), accumulate=accumulate)
-    assert all(torch.equal(plain[name], tried[name]) for name in plain)
-    assert sizes[0] >= max(sizes)
+    assert loop.equal(plain, tried, atol=0) and sizes[0] >= max(sizes)
 
 
 def test_what_does_not_fit_is_said_before_the_first_step(tmp_path, monkeypatch):
-    trying(monkeypatch)
+    try_each_epoch(monkeypatch)
     with pytest.raises(torch.OutOfMemoryError):
         loop.fit(tmp_path, loop.make_task(losses=loop.limited(loop.losses, 4)), accumulate=1)
     assert not (tmp_path / "log.csv").exists()
 
 
-@pytest.mark.parametrize("half", ["bf16", "fp16"], indirect=True)
-def test_resumed_is_uninterrupted(tmp_path, half):
-    """In fp16 gradients overflow at first: the scaler's state is kept, too."""
-    calls = []
+def test_what_overflows_in_fp16_is_said_before_the_first_step(tmp_path, half, monkeypatch):
+    try_each_epoch(monkeypatch)
+    steps = []
 
-    def large(model, papers):
-        return loop.losses(model, papers) * 2000
+    def losses(model, papers):
+        steps.append(1)
+        return loop.losses(model, papers) * float("inf")
 
-    def dying(model, papers):
-        calls.append(1)
-        if len(calls) == 15:
-            raise KeyboardInterrupt
-        return large(model, papers)
-
-    _, whole, _ = loop.fit(tmp_path / "whole", loop.make_task(losses=large))
-    with pytest.raises(KeyboardInterrupt):
-        loop.fit(tmp_path / "cut", loop.make_task(losses=dying), save_minutes=0)
-    state = training.read_state(tmp_path / "cut" / training.LAST)
-    assert state["epoch"] == 1 and (half == "bf16" or state["scaler"]["scale"] < 2**16)
-    _, resumed, _ = loop.fit(tmp_path / "cut", loop.make_task(losses=large), save_minutes=0, resume=True)
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-
-
-def test_fp16_is_tried_before_the_first_step(tmp_path, half, monkeypatch):
-    task = loop.make_task(losses=lambda *data: loop.losses(*data) * float("inf"))
-    with pytest.raises(InputError, match="became (inf|nan) in epoch 1: numbers overflow in fp16: try --precision fp32"):
-        loop.fit(tmp_path, task)
-    trying(monkeypatch)
-    with pytest.raises(InputError, match="became inf in epoch 1: .* --precision fp32"):
-        loop.fit(tmp_path, task)
+    with pytest.raises(InputError, match="became inf in epoch 1: numbers overflow in fp16: try --precision fp32"):
+        loop.fit(tmp_path, loop.make_task(losses=losses))
+    assert len(steps) == 1
 
 
 # ---- 4 bits ----------------------------------------------------------------------------------------------------------
