@@ -287,7 +287,7 @@ def limited(function, most):
 @pytest.mark.parametrize(
     ("error", "line"),
     [
-        (torch.OutOfMemoryError("x"), "out of memory: try a higher --accumulate .* smaller --model"),
+        (torch.OutOfMemoryError("x"), "out of memory: try a higher --accumulate .* --max-length or --model"),
         (MemoryError(), "out of memory"),
         (RuntimeError("can't allocate memory"), "out of memory"),
         (RuntimeError("Connection reset by peer"), "another process of this run died; go on"),
