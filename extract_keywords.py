@@ -130,8 +130,8 @@ def read_both(args):
         log(f"warning: {args.train}: none of {' '.join(SEPARATORS)} separates the keywords of column Keywords; use ';'")
     chinese = sum(bool(CHINESE.search(title)) for title in test["title"])
     if chinese > 0.05 * len(test):
-        log(f"warning: {chinese} titles of {args.test} are in Chinese or Japanese: these papers get keywords of similar "
-            "papers only, since task 2 is made for languages with blanks between words")  # fmt: skip
+        log(f"warning: {chinese} titles of {args.test} are in Chinese or Japanese: these papers get keywords of "
+            "similar papers only, since task 2 is made for languages with blanks between words")  # fmt: skip
     labelled = train[[bool(split_keywords(cell, separator)) for cell in train["Keywords"]]].reset_index(drop=True)
     if labelled.empty:
         raise InputError(f"{args.train}: column Keywords is empty in all {len(train)} rows; give papers with keywords")
