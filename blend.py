@@ -17,17 +17,17 @@ the other, both ways.
 from contextlib import suppress
 from dataclasses import dataclass
 
+import common
+from lib import cli, files, report, results
+from lib.cli import InputError, few, log
+from lib.results import scores
+
 import numpy as np
 import pandas as pd
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import f1_score, roc_auc_score
 from sklearn.model_selection import cross_val_predict
-
-import common
-from lib import cli, files, report, results
-from lib.cli import InputError, few, log
-from lib.results import scores
 
 PLAINEST = ("baseline", "bert", "lora")  # models of other names come after these
 

@@ -12,12 +12,13 @@ import unicodedata
 from contextlib import suppress
 from pathlib import Path
 
+from lib.cli import FIELDS, KIT, InputError, few, log
+from lib.tables import read_columns, refuse
+
 import numpy as np
 import pandas as pd
 
-from lib.cli import FIELDS, InputError, few, log
-from lib.tables import read_columns, refuse
-
+SAMPLE = KIT / "data" / "sample"
 REQUIRED = ("uuid", "title", "abstract")
 LABELS = {"0": 0, "0.0": 0, "false": 0, "1": 1, "1.0": 1, "true": 1}
 PLACEHOLDERS = {"", "nan", "none", "null", "nil", "n/a", "#n/a", "-", "--", "?", "tmp", "todo", "na", "无", "暂无"}
@@ -26,6 +27,7 @@ INVISIBLE = dict.fromkeys([0xAD, 0x61C, 0xFEFF, *range(0x200B, 0x2010), *range(0
 ATTRIBUTES = r"""(?:\s+[\w:.-]+\s*=\s*(?:"[^"]*"|'[^']*'))*\s*/?>"""
 WITHIN = r"sub|sup|i|b|u|em|strong|italic|bold|sc|tt|span|font|a|underline|monospace|ext-link|xref|styled-content"
 BETWEEN = r"p|br|div|title|sec|abstract|label|list|list-item|ul|ol|li|h[1-6]|table|tr|td|th|tbody|inline-formula|math"
+HEADING = re.compile(r"^(key ?-?words?( and phrases)?|index terms|关键词|关键字)\s*[:：—–-]\s*", re.IGNORECASE)
 TAG_WITHIN = re.compile(rf"</?(?:jats:)?(?:{WITHIN}){ATTRIBUTES}", re.IGNORECASE)
 TAG_BETWEEN = re.compile(rf"</?(?:jats:[\w-]+|mml:[\w-]+|{BETWEEN}){ATTRIBUTES}", re.IGNORECASE)
 
@@ -62,8 +64,8 @@ def label_column(path, cells, numbers):
 
 def read_papers(path, labelled=False):
     """A papers file as a DataFrame, in the file's row order: uuid (str, as written), title, abstract and, where
-    present, author and Keywords (str, cleaned); with `labelled` also label (int, 0 or 1); then all other columns as
-    they are. Raises InputError that names the file, column and rows of what cannot be used.
+    present, author (str, cleaned) and Keywords (str, as written); with `labelled` also label (int, 0 or 1); then all
+    other columns as they are. Raises InputError that names the file, column and rows of what cannot be used.
     """
     if not Path(path).is_file():
         raise InputError(f"{path}: no such file; data/README.md says where the competition's files go")
@@ -83,24 +85,31 @@ def check_uuids(path, uuids, numbers, labelled):
     first = dict(zip(reversed(uuids), reversed(numbers)))  # the first row of each uuid
     rows = list(zip(uuids, numbers))
     empty = [number for uuid, number in rows if not uuid.strip() or len(uuid.splitlines()) > 1]
+    header = [number for uuid, number in rows if uuid.strip().casefold() == "uuid"]
     rounded = [number for uuid, number in rows if re.fullmatch(r"\s*\d(\.\d+)?[eE]\+\d+\s*", uuid)]
     repeated = [f"{number} ({uuid})" for uuid, number in rows if first[uuid] != number]
     refuse(path, "column uuid is empty or has a line break", empty, "is a quote missing?")
+    refuse(path, "the header comes again", header, "files that were put together keep theirs: remove the row")
     refuse(path, "Excel has rounded the uuid", rounded, "download the file again, or export the column as text")
     remedy = "remove the copies" if labelled else "every test paper counts, so download the file again"
     refuse(path, "column uuid repeats an earlier one", repeated, remedy)
 
 
+def clean_keywords(cell):
+    """A cell of Keywords to read; a line break separates keywords, too: 'Keywords: CO₂\\ncapture' -> 'CO2; capture'."""
+    return HEADING.sub("", clean("; ".join(cell.splitlines())))
+
+
 def clean_columns(path, columns):
-    """Clean the text columns of a dict {name: cells}, and drop author or Keywords if all their cells say the same."""
-    if "Keywords" in columns:  # a line break separates keywords, too
-        columns["Keywords"] = ["; ".join(cell.splitlines()) for cell in columns["Keywords"]]
-    for name in FIELDS:
+    """Clean title, author and abstract in a dict {name: cells}, and drop author or Keywords if all cells say the same.
+    Keywords stay as they are, for the board compares them exactly.
+    """
+    for name in ("title", "author", "abstract"):
         if name in columns:
             columns[name] = list(map(clean, columns[name]))
     for name in ("author", "Keywords"):
         if name in columns:
-            columns[name] = ["" if cell.casefold() in PLACEHOLDERS else cell for cell in columns[name]]
+            columns[name] = ["" if cell.strip().casefold() in PLACEHOLDERS else cell for cell in columns[name]]
             different = set(columns[name])
             if different == {""} or (len(different) == 1 and len(columns[name]) >= 10):
                 log(f"warning: column {name} of {path} is left out: all its cells are {few(different) or 'empty'}")
@@ -117,6 +126,8 @@ def check_classes(labels, least, where):
 def load_papers(args):
     """Read args.train and args.test and check them together. Returns (train, test, the fields that both have)."""
     train, test = read_papers(args.train, labelled=True), read_papers(args.test)
+    if [path.resolve().parent == SAMPLE for path in (args.train, args.test)] == [True, False]:
+        log(f"warning: {args.train} is the sample, invented papers: give your own with --train, or set DATA_DIR")
     columns = ["uuid", "title", "abstract"]
     if set(train[columns].itertuples(index=False)) == set(test[columns].itertuples(index=False)):
         raise InputError(f"{args.test} holds the same papers as {args.train}: give the test file with --test")
@@ -182,6 +193,8 @@ def build_text(papers, fields, names=False):
     abstract comes last, so truncation cuts it first. With `names`, 'title: …' precedes each field.
     """
     order = [name for name in ("title", "author", "Keywords", "abstract") if name in fields]
+    if "Keywords" in fields:
+        papers = papers.assign(Keywords=papers["Keywords"].map(clean_keywords))
     texts = []
     for cells in zip(*(papers[name] for name in order)):
         if names:

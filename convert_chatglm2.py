@@ -15,16 +15,16 @@ import argparse
 import shutil
 from pathlib import Path
 
+from lib.cli import InputError, Parser, log, run_script
+from lib.files import atomic_write, read_json
+from lib.hub import check_pointer, first_line
+
 import sentencepiece
 import torch
 from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import GlmConfig, GlmForCausalLM, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import generate_merges
-
-from lib.cli import InputError, Parser, log, run_script
-from lib.files import atomic_write, read_json
-from lib.hub import check_pointer, first_line
 
 DOWNLOAD = "download it again"
 # Config keys that tell other models and other maths: the value that can be converted, and the published default.

@@ -19,8 +19,6 @@ them (lib/ranker.py) and the ways to write them (lib/casing.py). Scores are out 
 import time
 from pathlib import Path
 
-import numpy as np
-
 import common
 from lib import cli, results
 from lib.candidates import CHINESE, SEPARATORS, find_separator, split_cell, split_keywords, stem
@@ -28,6 +26,8 @@ from lib.casing import list_entries
 from lib.cli import InputError, bounded, log, positive_int
 from lib.files import locked, write_csv, write_json
 from lib.ranker import build_corpus, learn_and_rate, lookup
+
+import numpy as np
 
 MOST = 30  # keywords a paper in the reader's list
 PARTITIONS = 5  # into folds, over which ratings are averaged
@@ -123,7 +123,8 @@ def read_both(args):
         raise InputError(f"{args.train}: no column Keywords to learn from; give a file that has it with --train")
     if args.limit:
         log(f"--limit {args.limit}: only the first papers of each file")
-        train, test = train.head(args.limit), test.head(args.limit)
+        train, test = train.head(args.limit).copy(), test.head(args.limit)
+    train["Keywords"] = train["Keywords"].map(common.clean_keywords)
     separator = find_separator(train["Keywords"])
     if separator is None:
         separator = ";"
@@ -184,6 +185,7 @@ def extract(args, folder):
         **results.environment(),
     }
     usual = corpus.found.phrases[corpus.keywords.sum(axis=0).argmax()]  # for a paper without keywords and title
+    (folder / "metrics.json").unlink(missing_ok=True)  # it says whose keywords these are: removed first, written last
     for path, lists in ((folder / "board.csv", board), (folder / "test.csv", reader), (args.submit, reader)):
         cells = ["; ".join(keywords) for keywords in lists[count:]]
         cells = [cell or title.replace(";", ",") or usual for cell, title in zip(cells, test["title"])]

@@ -15,14 +15,15 @@ seed42/ ... lora_predict.py makes the predictions.
 import argparse
 import hashlib
 import json
-
-import numpy as np
-import torch
-from peft import LoraConfig, PrefixTuningConfig, TaskType, get_peft_model
+from pathlib import Path
 
 import common
 from lib import cli, files, items, llm, results, training
 from lib.cli import InputError, bounded, few, log, positive_int
+
+import numpy as np
+import torch
+from peft import LoraConfig, PrefixTuningConfig, TaskType, get_peft_model
 
 SHAPING = ("method", "rank", "alpha", "dropout", "target_modules", "virtual_tokens", "max_length", "load_in_4bit")
 SHAPING += ("short_copies", *training.SHAPING)
@@ -55,7 +56,8 @@ def read_data(args):
 
 
 def is_item(value):
-    return isinstance(value, dict) and {"instruction", "input"} <= value.keys() and value.get("output") in ("0", "1")
+    known = isinstance(value, dict) and {"instruction", "input"} <= value.keys()
+    return known and str(value.get("output")) in ("0", "1")  # some editors write 1 for "1"
 
 
 def read_items(path, count):
@@ -67,7 +69,7 @@ def read_items(path, count):
     if len(found) != count:
         raise InputError(f"{path} has {len(found)} items for {count} papers: run make_llm_data.py again; change texts "
                          "there, but not their number")  # fmt: skip
-    return found
+    return [{**item, "output": str(item["output"])} for item in found]
 
 
 # ---- adapter ---------------------------------------------------------------------------------------------------------
@@ -150,6 +152,7 @@ def train_adapters(accelerator, args, folder):
         "fields": record["fields"],
         "instruction": asked[0]["instruction"],
         **llm.describe_prompt(tokenizer),
+        "weights": llm.weights_sample(model),
         "split": split | {"limit": record.get("limit"), "train": record["train"]},
         "items": hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16],
         **{name: getattr(args, name) for name in SHAPING},
@@ -175,6 +178,8 @@ def train_adapters(accelerator, args, folder):
 
 def find_model(accelerator, args, folder):
     """--model, 'auto' resolved; with --resume 'auto' is what it was, however much memory is free today."""
+    if Path(args.model).is_dir():
+        return str(Path(args.model).resolve())  # lora_predict.py may run in another directory
     state = training.read_state(folder / training.LAST) if args.resume and args.model == "auto" else None
     return state["settings"]["model"] if state else llm.find_model(args.model, accelerator, args.load_in_4bit)
 

@@ -13,13 +13,13 @@ import hashlib
 import time
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
-from peft import PeftModel
-
 import common
 from lib import cli, files, hub, items, llm, results, training
 from lib.cli import InputError, log
+
+import numpy as np
+import pandas as pd
+from peft import PeftModel
 
 
 def read_kit(folder):
@@ -29,7 +29,7 @@ def read_kit(folder):
             raise InputError(f"{folder} has no {name}: run lora_finetune.py first, or give --adapter, --name or none")
     hub.check_folder(folder)
     types = {"model": str, "prompt": str, "instruction": str, "fields": list, "answers": list, "split": dict}
-    return files.read_json(folder / "kit.json", max_length=int, plan=str, **types)
+    return files.read_json(folder / "kit.json", max_length=int, plan=str, weights=list, **types)
 
 
 def find_adapters(args, folder):
@@ -67,6 +67,9 @@ def load_adapter(model, tokenizer, folder, kit):
     changed = results.describe_changes({key: kit[key] for key in form}, form)
     if changed:
         raise InputError(f"{folder}: the prompt is not the one the adapter was trained with: {changed}; train it again")
+    if not np.allclose(llm.weights_sample(model), kit["weights"], rtol=0.02, atol=1e-3):
+        raise InputError(f"{folder} was trained with other weights than those of {kit['model']}: give the right "
+                         "--model, or train it again")  # fmt: skip
     try:
         return PeftModel.from_pretrained(model, str(folder))
     except Exception as error:
@@ -155,7 +158,7 @@ def parse_args():
     results.add_keywords_flag(parser)
     add = parser.add_argument_group("model").add_argument
     add("--adapter", metavar="DIR", help="default: best/ of the --name folder; 'none': the untrained model")
-    add("--model", metavar="M", help="default: the adapter's; with --adapter none as in lora_finetune.py")
+    add("--model", metavar="M", help="where the adapter's model is now; with --adapter none as in lora_finetune.py")
     add("--fields", nargs="+", choices=cli.FIELDS, metavar="F", help="with --adapter none, columns to read")
     add("--name", help="folder under --out-dir, default lora, or untrained with --adapter none")
     add("--max-length", type=cli.positive_int, metavar="N", help="tokens a paper, default the adapter's")
@@ -176,9 +179,9 @@ def main():
     else:
         adapters = find_adapters(args, folder)
         kits = [read_kit(adapter) for adapter in adapters]
-        for name in ("model", "fields"):
-            if getattr(args, name) not in (None, kits[0][name]):
-                raise InputError(f"--{name}: the adapter was trained with {kits[0][name]}: leave --{name} out")
+        if args.fields not in (None, kits[0]["fields"]):
+            raise InputError(f"--fields: the adapter was trained with {kits[0]['fields']}: leave --fields out")
+        kits = [kit | {"model": args.model or kit["model"]} for kit in kits]  # it may have been moved
     args.max_length = args.max_length or kits[0]["max_length"]
     with files.locked(folder), training.explain("the same command starts again"):
         predict(accelerator, args, folder, adapters, kits)

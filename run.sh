@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # shellcheck disable=SC2317,SC2329  # stage calls functions by their names
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # sh run.sh
 set -euo pipefail
 
 usage() {
@@ -99,11 +100,13 @@ for name in $stages; do
     contains "setup $chain report test" "$name" || die "no stage '$name': bash run.sh --help lists them"
 done
 if [ -n "${DATA_DIR:-}" ]; then
-    [ -f "$DATA_DIR/train.csv" ] || die "DATA_DIR=$DATA_DIR has no train.csv"
-elif [ ! -f "$kit/data/train.csv" ]; then
+    [ -n "$(compgen -G "${DATA_DIR/#\~/$HOME}/train.csv*")" ] || die "DATA_DIR=$DATA_DIR has no train.csv"
+elif [ -z "$(compgen -G "$kit/data/train.csv*")" ]; then
     say "NO DATA YET: running on the small sample in data/sample; put train.csv and test.csv into $kit/data"
 fi
-for name in RESUME LLM_4BIT; do [ "${!name:-0}" != 0 ] || unset "$name"; done # 0 is off
+for name in RESUME LLM_4BIT; do
+    case ${!name:-} in "" | 0 | [Nn]* | [Ff]* | [Oo][Ff]*) unset "$name" ;; esac # no, false and off are off, too
+done
 
 # ---- .venv -----------------------------------------------------------------------------------------------------------
 

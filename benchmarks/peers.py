@@ -197,12 +197,12 @@ def chat_lora(train, test, fields, args):
     """peft and the Trainer's default collator (all padded to one length, every token a label), then a chat about one
     paper at a time, whose text is parsed, with the adapter not merged.
     """
+    from lib.items import build_items
+    from lib.llm import embedded_folder
+
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from lib.items import build_items
-    from lib.llm import embedded_folder
 
     torch.manual_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(embedded_folder())

@@ -33,11 +33,10 @@ HERE = Path(__file__).resolve().parent
 KIT = HERE.parent
 sys.path.insert(0, str(KIT))
 
-from peers import GOAL  # noqa: E402
-
 import common  # noqa: E402
 from lib import cli, files, results  # noqa: E402
 from lib.cli import InputError, log, positive_int  # noqa: E402
+from peers import GOAL  # noqa: E402
 
 PACKAGES = ("scikit-learn", "torch", "transformers", "peft", "fasttext-numpy2", "keybert", "yake")
 COLUMNS = {  # of a table: its head, and how a value is shown

@@ -6,6 +6,7 @@
 """
 
 import re
+import unicodedata
 from array import array
 from collections import defaultdict
 from dataclasses import dataclass
@@ -16,7 +17,11 @@ import numpy as np
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
 LONGEST = 5  # words a phrase
-WORD = re.compile(r"([A-Z]\.(?= [a-z])|\w+(?:[-‐‑–'’.+_]\w+)*\+*)")  # one word: "E." of "E. coli", "IL-6", "PM2.5"
+MARKS = "".join(filter(lambda c: unicodedata.category(c)[0] == "M", map(chr, range(0x300, 0x1100))))  # vowel signs
+LETTER = rf"[\w{MARKS}]"
+# One word: "E." of "E. coli", "IL-6", "PM2.5".
+WORD = re.compile(rf"([A-Z]\.(?= [a-z])|{LETTER}+(?:[-‐‑–'’.+_]{LETTER}+)*\+*)")
+MACRO = re.compile(r"\\[A-Za-z]+")  # of LaTeX
 CHINESE = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]")  # written without blanks, so a "word" is a whole clause
 TERMS = (  # words that scikit-learn takes for stop words, but that occur at the ends of keywords
     "system fire mine mill bill cry thick thin interest amount half part side back front top bottom full name con de co"
@@ -120,6 +125,9 @@ class Candidates:
 
 def read_words(text, title):
     """The words of a title or an abstract, a list of Word."""
+    text = MACRO.sub(" ", text)
+    if text.isupper():  # all in capitals: how the words are usually written is not known
+        text = text.lower()
     parts, words = WORD.split(text), []  # gap, word, gap, …, word, gap
     for gap, written in zip(parts[::2], parts[1::2]):
         mark = gap.strip()[-1:] or (" " if words else "")

@@ -10,11 +10,11 @@ papers: how a paper writes its own keywords changes no feature of its entries.
 from array import array
 from collections import Counter, defaultdict
 
-import numpy as np
-from sklearn.ensemble import HistGradientBoostingClassifier
-
 from lib.candidates import STOP
 from lib.ranker import cross_fit, lookup, weigh_neighbours
+
+import numpy as np
+from sklearn.ensemble import HistGradientBoostingClassifier
 
 TREES = {"max_iter": 80, "learning_rate": 0.08, "max_leaf_nodes": 15, "min_samples_leaf": 30}
 

@@ -14,6 +14,12 @@ import sys
 import time
 from pathlib import Path
 
+# What libraries read when they are loaded, so the kit's modules are imported before them. What the user has set stays.
+os.environ.setdefault("GOMP_SPINCOUNT", "0")  # a thread that waits sleeps: others may want its core
+os.environ["MPLBACKEND"] = "svg"  # a notebook sets one that .venv doesn't have
+if os.environ.get("HF_ENDPOINT"):  # a mirror passes on to the Xet server, which is as blocked as the hub
+    os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
+
 KIT = Path(__file__).resolve().parent.parent
 FIELDS = ("title", "author", "abstract", "Keywords")  # the columns that a model may read, see --fields
 
@@ -65,7 +71,10 @@ def run_script(main):
         message, code = f"{error.filename or 'input/output'}: {error.strerror or error}", 2
     except KeyboardInterrupt as error:  # its text may say how to go on
         message, code = f"interrupted{'; ' if str(error) else ''}{error}", 130
-    sys.stdout = open(os.devnull, "w")  # else Python fails once more when it flushes stdout at exit
+    try:
+        sys.stdout.flush()
+    except OSError:  # else Python fails once more when it flushes stdout at exit
+        sys.stdout = open(os.devnull, "w")
     if not is_first():
         time.sleep(3)  # let the first say it: the launcher ends all as soon as one has ended
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr, flush=True)
@@ -102,10 +111,20 @@ positive_int = bounded(int, 1, 10**9)
 fraction = bounded(float, 1e-6, 1 - 1e-6)
 
 
+def path(text):
+    """A path as a flag or a variable names it; '~' is the home, though no shell has looked at it."""
+    return Path(text).expanduser()
+
+
 def data_dir():
-    """$DATA_DIR, else data/ if it holds train.csv, else data/sample."""
+    """$DATA_DIR, else data/ if it holds train.csv, zipped or not, else data/sample."""
     own = KIT / "data"
-    return Path(os.environ.get("DATA_DIR") or (own if (own / "train.csv").is_file() else own / "sample"))
+    return path(os.environ.get("DATA_DIR") or (own if any(own.glob("train.csv*")) else own / "sample"))
+
+
+def data_file(name):
+    """The path of a CSV file in data_dir(), as it is or as train.csv.zip."""
+    return next(iter(sorted(data_dir().glob(f"{name}*"))), data_dir() / name)
 
 
 def arg_parser(doc, *names):
@@ -116,8 +135,8 @@ def arg_parser(doc, *names):
     parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     seed = {"type": bounded(int, 0, 2**32 - 1), "default": 42, "metavar": "N"}
     flags = {
-        "train": {"type": Path, "default": data_dir() / "train.csv", "metavar": "FILE", "help": "default: %(default)s"},
-        "test": {"type": Path, "default": data_dir() / "test.csv", "metavar": "FILE", "help": "default: %(default)s"},
+        "train": {"type": path, "default": data_file("train.csv"), "metavar": "FILE", "help": "default: %(default)s"},
+        "test": {"type": path, "default": data_file("test.csv"), "metavar": "FILE", "help": "default: %(default)s"},
         "fields": {"nargs": "+", "choices": FIELDS, "metavar": "F",
                    "help": f"columns to read, default: {' '.join(FIELDS)}, where both files have it"},
         "valid_ratio": {"type": fraction, "default": 0.1, "metavar": "R", "help": "of train, to hold out; default 0.1"},
@@ -128,6 +147,6 @@ def arg_parser(doc, *names):
     add = parser.add_argument_group("papers and output").add_argument
     for name in names:
         add(f"--{name.replace('_', '-')}", **flags[name])
-    out_dir = Path(os.environ.get("OUT_DIR") or KIT / "outputs")
-    add("--out-dir", type=Path, default=out_dir, metavar="DIR", help="default: %(default)s")
+    out_dir = path(os.environ.get("OUT_DIR") or KIT / "outputs")
+    add("--out-dir", type=path, default=out_dir, metavar="DIR", help="default: %(default)s")
     return parser

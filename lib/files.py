@@ -11,10 +11,10 @@ import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
+from lib.cli import InputError, few, is_first, log
+
 import pandas as pd
 from filelock import FileLock, Timeout
-
-from lib.cli import InputError, few, is_first, log
 
 RERUN = "run the script that writes it again"
 
@@ -72,7 +72,7 @@ def read_json(path, remedy=RERUN, **types):
     if not path.is_file():
         return {}
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))  # an editor may put a byte-order mark in front
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is damaged ({error}): {remedy}") from None
     content = value if isinstance(value, dict) else {}

@@ -9,9 +9,9 @@ import re
 import subprocess
 import sys
 
-import torch
-
 from lib.cli import InputError, log
+
+import torch
 
 
 def find_cards():

@@ -12,6 +12,7 @@ from pathlib import Path
 from urllib.request import getproxies
 
 from lib.cli import InputError, log
+from lib.files import read_json
 
 SAFE = {"trust_remote_code": False, "local_files_only": True}  # arguments for every from_pretrained
 FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
@@ -35,6 +36,7 @@ def local_folder(flag, name):
     """
     folder = Path(name) if Path(name).is_dir() else download(flag, name)
     check_folder(folder)
+    refuse_chatglm(flag, name, folder)
     return str(folder)
 
 
@@ -42,18 +44,32 @@ def download(flag, name):
     """Download a model from the hub into its cache, as a Path. Without the hub the cache alone will do."""
     from huggingface_hub import constants, get_session, snapshot_download
 
+    if Path(name).is_file():
+        raise InputError(f"{flag} {name} is a file: give the directory of a model, as transformers saves it")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise InputError(f"{flag} {name} is neither a directory nor a name on the hub")
     options = {"etag_timeout": WAIT, "ignore_patterns": UNUSED}
     log(f"{flag} {name}: looking on the hub, {constants.ENDPOINT}")
     try:
         get_session().event_hooks["request"].append(limit_wait)
+        refuse_chatglm(flag, name, Path(snapshot_download(name, allow_patterns=["config.json"], **options)))
         folder = Path(snapshot_download(name, allow_patterns=[*FILES, "*.safetensors"], **options))
         if not any(folder.glob("*.safetensors")):
             snapshot_download(name, allow_patterns=[*FILES, "*.bin"], **options)
+    except InputError:
+        raise
     except Exception as error:  # of three libraries, with no common base
         raise InputError(f"{flag} {name} can't be downloaded {explain_hub(error)}, or give {ELSEWHERE}") from None
     return folder
+
+
+def refuse_chatglm(flag, name, folder):
+    """Raise InputError for ChatGLM as published, which needs code that is 3 years old."""
+    if read_json(folder / "config.json").get("model_type") == "chatglm":
+        source = name if Path(name).is_dir() else "DIR"
+        first = "" if Path(name).is_dir() else f"download it (hf download {name} --local-dir DIR), "
+        raise InputError(f"{flag} {name} is ChatGLM as published, which needs code that is 3 years old: {first}run "
+                         f"python convert_chatglm2.py {source} {source}-plain, give {flag} {source}-plain")  # fmt: skip
 
 
 def limit_wait(request):

@@ -1,8 +1,8 @@
 """What a large language model is asked about a paper, in the alpaca form that trainers of LLMs read. No torch here."""
 
-import numpy as np
-
 from common import build_text
+
+import numpy as np
 
 NAMES = {"title": "title", "author": "authors", "Keywords": "keywords", "abstract": "abstract"}
 

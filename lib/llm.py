@@ -12,13 +12,13 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
+from lib import files, gpu, hub, training
+from lib.cli import KIT, InputError, few, log
+
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, DynamicCache, GgufConfig
 from transformers.cache_utils import DynamicLayer
-
-from lib import files, gpu, hub, training
-from lib.cli import KIT, InputError, few, log
 
 AUTO = "Qwen/Qwen3-4B-Instruct-2507"  # with CUDA; the README says why
 EMBEDDED = "SmolLM2-135M-Instruct.Q4_1.gguf"  # without
@@ -63,7 +63,7 @@ def default_length(name):
 def embedded_folder():
     """The embedded SmolLM2-135M-Instruct as a plain transformers directory, dequantised on first use (fp32, 0.5 GB)."""
     folder = KIT / ".cache" / Path(EMBEDDED).stem
-    if not folder.is_dir():
+    if not (folder / "model.safetensors").is_file():  # a scratch disk may have lost it
         log(f"dequantising the embedded model into {folder}, once")
         with files.atomic_write(folder) as part:
             dequantise(part)
@@ -93,10 +93,6 @@ def load_llm(name, accelerator, four_bit=False):
         raise InputError("--load-in-4bit needs bitsandbytes: pip install -r requirements-4bit.txt")
     with accelerator.local_main_process_first():
         folder = str(embedded_folder()) if name == "embedded" else hub.local_folder("--model", name)
-    if files.read_json(Path(folder) / "config.json").get("model_type") == "chatglm":
-        plain = f"{str(name).rstrip('/')}-plain"
-        raise InputError(f"--model {name} is ChatGLM as published, which needs code that is 3 years old: run python "
-                         f"convert_chatglm2.py {name} {plain}, then give --model {plain}")  # fmt: skip
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, torch.float32)
     more = {"device_map": {"": accelerator.device}} if four_bit or accelerator.device.type == "cuda" else {}
     if four_bit:
@@ -203,6 +199,11 @@ def encode_answers(tokenizer):
     if not all(answers) or answers[0] == answers[1]:
         raise InputError("--model: its tokenizer makes no tokens of the answers 0 and 1; take another model")
     return answers
+
+
+def weights_sample(model):
+    """A few numbers of a model's weights, by which other weights of the same shape are known: list of 8 floats."""
+    return model.get_input_embeddings().weight[1, :8].float().tolist()
 
 
 def describe_prompt(tokenizer):

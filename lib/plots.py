@@ -49,16 +49,18 @@ def draw_reliability(labels, probs):
     """
     axes = new_axes(4.6, 4.4, xlabel="mean P(label = 1)", ylabel="share of papers with label 1")
     axes.plot([0, 1], [0, 1], color=INK, alpha=0.4, linewidth=1, linestyle="--")
+    handles = []
     for place, (name, values) in enumerate(probs.items()):
         tenths = pd.DataFrame({"prob": values, "label": labels}).groupby(np.minimum(values * 10 // 1, 9))
         means, shares = tenths.mean(), tenths.size() / len(labels)
         color = INK if name == "blend" else COLORS[place % len(COLORS)]
         axes.plot(means["prob"], means["label"], color=color, alpha=0.6, linewidth=1.2)
-        look = {"color": color, "alpha": 0.85, "linewidth": 0, "label": name[:20]}
-        axes.scatter(means["prob"], means["label"], 15 + 150 * shares, **look)
+        look = {"color": color, "alpha": 0.85, "linewidth": 0}
+        handles.append(axes.scatter(means["prob"], means["label"], 15 + 150 * shares, **look))
     axes.set(xlim=(-0.05, 1.05), ylim=(-0.05, 1.05))
     axes.grid(color=INK, alpha=0.12)
-    for handle in axes.figure.legend(loc="outside upper left", ncols=3, handletextpad=0).legend_handles:
+    names = [name[:20] for name in probs]  # given as a list, since a label that begins with "_" would be left out
+    for handle in axes.figure.legend(handles, names, loc="outside upper left", ncols=3, handletextpad=0).legend_handles:
         handle.set_sizes([40])
     return to_svg(axes)
 

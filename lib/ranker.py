@@ -10,6 +10,8 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+from lib.candidates import STOP, Candidates, find_candidates, stem
+
 import numpy as np
 import pandas as pd
 from scipy import sparse
@@ -17,8 +19,6 @@ from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.feature_extraction.text import TfidfVectorizer
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
-
-from lib.candidates import STOP, Candidates, find_candidates, stem
 
 NEIGHBOURS, PROPOSED = 40, 30  # labelled papers asked for keywords, and how many of those keywords become candidates
 TREES = {"max_iter": 100, "learning_rate": 0.1, "max_leaf_nodes": 31, "max_features": 0.2, "min_samples_leaf": 40,

@@ -4,13 +4,13 @@ inputs give the same bytes. lib/report.html is its template.
 
 from pathlib import Path
 
+from lib import files, plots, results
+from lib.cli import few, log
+
 import jinja2
 import numpy as np
 import pandas as pd
 from scipy.stats import binomtest
-
-from lib import files, plots, results
-from lib.cli import few, log
 
 
 def number(value, digits=4):

@@ -10,13 +10,13 @@ from contextlib import ExitStack, suppress
 from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
-
 from common import label_column, read_label
 from lib.cli import FIELDS, InputError, few, log
 from lib.files import RERUN, atomic_write, read_json, write_csv, write_json
 from lib.tables import read_columns
+
+import numpy as np
+import pandas as pd
 
 METRICS = ("accuracy", "precision", "recall", "f1", "auc", "log_loss")
 
@@ -155,7 +155,7 @@ def read_labels(test_path, test):
     """The labels of the test papers, int array in the order of `test`, from FILE_labels.csv beside FILE.csv; None if
     there is no such file. The labels of one test file say nothing about another: both may number their papers from 0.
     """
-    path = Path(test_path).with_name(f"{Path(test_path).stem}_labels.csv")
+    path = Path(test_path).with_name(f"{Path(test_path).name.split('.')[0]}_labels.csv")
     if not path.is_file():
         return None
     cells, _ = read_columns(path, ["uuid", "label"])

@@ -25,6 +25,10 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 
+import common
+from lib import files, gpu, hub, results
+from lib.cli import InputError, bounded, log, positive_int
+
 import numpy as np
 import pandas as pd
 import torch
@@ -33,10 +37,6 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
-
-import common
-from lib import files, gpu, hub, results
-from lib.cli import InputError, bounded, log, positive_int
 
 warnings.filterwarnings("ignore", category=FutureWarning)
 transformers.logging.set_verbosity_error()  # the kit says in a line what matters of it
@@ -279,6 +279,8 @@ def begin(folder, runs, resume):
     """Clear what an earlier run left in `folder`, unless this one goes on with it. `runs`: the folders of its single
     trainings, which may be `folder` itself. The states go first: if it is killed here, nothing left passes for a run.
     """
+    if not str(folder).isprintable():
+        raise InputError(f"{folder}: this name is not UTF-8, and models can't be saved there: give another --out-dir")
     if resume and any((run / LAST).is_file() for run in runs):
         return
     several = [*folder.glob("fold[0-9]*"), *folder.glob("seed[0-9]*")]

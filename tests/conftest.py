@@ -13,12 +13,12 @@ import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
+import common
+from lib import cli, results
+
 import numpy as np
 import pandas as pd
 import pytest
-
-import common
-from lib import cli, results
 
 KIT = Path(__file__).resolve().parent.parent
 SAMPLE = KIT / "data" / "sample"

@@ -2,15 +2,15 @@ import json
 import subprocess
 import sys
 
+import baseline
+import common
+from conftest import KIT, SAMPLE
+from lib.results import read_predictions, scores
+
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import KIT, SAMPLE
 from scipy.sparse import csr_matrix
-
-import baseline
-import common
-from lib.results import read_predictions, scores
 
 SETTINGS = {"features": "tfidf", "model": "lr", "strength": 30, "author_weight": 2, "max_features": None, "seed": 0}
 

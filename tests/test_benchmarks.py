@@ -3,13 +3,15 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
+from conftest import KIT, SAMPLE
+
 import pandas as pd
 import pytest
-from conftest import KIT, SAMPLE
 
 sys.path.append(str(KIT / "benchmarks"))
 
 import peers  # noqa: E402
+
 import run  # noqa: E402
 
 

@@ -3,12 +3,18 @@ import re
 import shutil
 import time
 
+import bert_finetune
+import common
+from conftest import SAMPLE, SIZES, TWO_PROCESSES, call, contents, start
+from lib import training
+from lib.items import short_copies
+from lib.results import read_predictions, scores
+
 import numpy as np
 import pandas as pd
 import psutil
 import pytest
 import torch
-from conftest import SAMPLE, SIZES, TWO_PROCESSES, call, contents, start
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import (
@@ -23,12 +29,6 @@ from transformers import (
     XLMRobertaTokenizer,
     pipeline,
 )
-
-import bert_finetune
-import common
-from lib import training
-from lib.items import short_copies
-from lib.results import read_predictions, scores
 
 TINY = ["--epochs", "2", "--batch-size", "4", "--max-length", "48", "--lr", "0.003", "--limit", "40"]
 

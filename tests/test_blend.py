@@ -1,12 +1,12 @@
 import re
 
+import blend
+from conftest import SAMPLE
+from lib.results import scores, warn_one_class
+
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import SAMPLE
-
-import blend
-from lib.results import scores, warn_one_class
 
 
 @pytest.fixture

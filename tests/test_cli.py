@@ -4,8 +4,10 @@ import os
 import subprocess
 import sys
 
-import pytest
 from conftest import KIT
+from lib import cli
+
+import pytest
 
 PRINTS = """
 import os
@@ -36,3 +38,46 @@ def test_output_that_is_not_utf_8(encoding):
     done = subprocess.run([sys.executable, "-c", PRINTS], cwd=KIT, env=env, capture_output=True)
     shown = "± 中".encode(encoding, "replace")
     assert (done.returncode, done.stdout.strip(), done.stderr.strip()) == (0, shown + b" True", b"a line")
+
+
+LOOK = """
+import os, sys
+class Look:
+    def find_spec(self, name, *more):
+        if name in ("torch", "sklearn", "matplotlib", "huggingface_hub"):
+            print(name, *map(os.environ.get, ("GOMP_SPINCOUNT", "MPLBACKEND", "HF_HUB_DISABLE_XET")))
+sys.meta_path.insert(0, Look())
+__import__(sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize("script", ["baseline", "lora_predict"])
+def test_settings_come_before_the_libraries_that_read_them(script):
+    """The order of imports in pyproject.toml sees to it. What the user has set stays, but a notebook's backend."""
+    env = os.environ | {"GOMP_SPINCOUNT": "7", "MPLBACKEND": "module://x", "HF_ENDPOINT": "http://127.0.0.1:9"}
+    done = subprocess.run([sys.executable, "-c", LOOK, script], cwd=KIT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and {line.split(" ", 1)[1] for line in done.stdout.splitlines()} <= {"7 svg 1"}
+
+
+def test_a_notebook_prints_on_after_a_refusal():
+    script = "from lib import cli\ntry: cli.run_script(lambda: cli.Parser().parse_args(['x']))\n"
+    script += "except SystemExit: print('still here')"
+    done = subprocess.run([sys.executable, "-c", script], cwd=KIT, capture_output=True, text=True)
+    assert done.stdout == "still here\n" and "unrecognized" in done.stderr
+
+
+def test_a_tilde_is_the_home(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ann")
+    monkeypatch.setenv("OUT_DIR", "~/out")
+    args = cli.arg_parser("", "test").parse_args(["--test", "~/t.csv"])
+    assert (str(args.test), str(args.out_dir)) == ("/home/ann/t.csv", "/home/ann/out")
+
+
+def test_zipped_downloads_are_found(tmp_path, monkeypatch):
+    monkeypatch.delenv("DATA_DIR", raising=False)
+    monkeypatch.setattr(cli, "KIT", tmp_path)
+    assert cli.data_file("train.csv") == tmp_path / "data" / "sample" / "train.csv"
+    (tmp_path / "data").mkdir()
+    for name in ("train.csv.zip", "test.csv.zip", "test_labels.csv"):
+        (tmp_path / "data" / name).touch()
+    assert [cli.data_file(name).name for name in ("train.csv", "test.csv")] == ["train.csv.zip", "test.csv.zip"]

@@ -5,14 +5,14 @@ import subprocess
 import sys
 import zipfile
 
+import common
+from conftest import KIT
+from lib import results
+from lib.cli import InputError
+
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import KIT
-
-import common
-from lib import results
-from lib.cli import InputError
 
 HEADER = ["uuid", "title", "author", "abstract", "Keywords", "label"]
 ROWS = [
@@ -111,6 +111,13 @@ def test_a_column_that_says_nothing_is_left_out(write_csv, capsys):
     assert "column Keywords of" in capsys.readouterr().err
 
 
+def test_keywords_are_cleaned_where_they_are_read(write_csv):
+    """The board compares them exactly, so a submission gives them as they came."""
+    papers = common.read_papers(write_csv("t.csv", [HEADER[:5], ["1", "t", "", "x", "Keywords: CO₂\nm²"]]))
+    assert papers["Keywords"].tolist() == ["Keywords: CO₂\nm²"]
+    assert common.build_text(papers, ["title", "Keywords"]) == ["t\nCO2; m2"]
+
+
 def test_extra_columns_and_their_order_are_kept(write_csv):
     rows = [["note", *HEADER]] + [[f"n{i}", *row] for i, row in enumerate(ROWS)]
     papers = common.read_papers(write_csv("t.csv", rows), labelled=True)
@@ -155,6 +162,7 @@ def test_clean(raw, clean):
         ([HEADER, *ROWS, ["", *ROWS[0][1:]]], ["uuid", "row 6"]),
         ([HEADER, *ROWS, ["a\nb", *ROWS[0][1:]]], ["line break", "row 6"]),
         ([HEADER, *ROWS, ["1.23E+15", *ROWS[0][1:]]], ["Excel", "row 6"]),
+        ([HEADER, *ROWS, HEADER], ["header comes again", "row 6"]),
         ([HEADER, *ROWS, ["11", "t", "", "", "", "2"]], ["label", "row 6"]),
         ([HEADER, *ROWS, ["11", "t", "", "", "", "0_1"]], ["label", "row 6"]),
         ([HEADER, *ROWS, ["11", "t", "", ""]], ["row 6", "4 cells"]),
@@ -197,6 +205,12 @@ def test_refuses_train_for_test(refused, write_csv):
     path = write_csv("train.csv", [HEADER, *ROWS])
     for test in (path, write_csv("copy.csv", [HEADER[:-1], *(row[:-1] for row in ROWS)])):
         refused("baseline.py", "--train", path, "--test", test, words=[test.name, "same papers"])
+
+
+def test_invented_papers_for_a_file_of_ones_own_are_said(kit, write_csv):
+    path = write_csv("mine.csv", [HEADER[:4], *(row[:4] for row in ROWS)])
+    assert "train.csv is the sample, invented papers" in kit("make_llm_data.py", "--test", path).stderr
+    assert "is the sample" not in kit("make_llm_data.py").stderr
 
 
 # ---- text and split --------------------------------------------------------------------------------------------------

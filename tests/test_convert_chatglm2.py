@@ -6,17 +6,17 @@ import json
 import random
 from pathlib import Path
 
+import convert_chatglm2
+from conftest import call, edit_json
+from lib.cli import InputError
+
 import pytest
 import sentencepiece
 import torch
-from conftest import call, edit_json
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_hub import Payload
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-import convert_chatglm2
-from lib.cli import InputError
 
 SPECIAL = ["[MASK]", "[gMASK]", "[sMASK]", "sop", "eop"]
 PREFIX = [481, 483]  # [gMASK] sop, after the 480 pieces of train_tokenizer

@@ -4,8 +4,9 @@ import json
 import re
 from contextlib import contextmanager
 
-import pytest
 from conftest import contents
+
+import pytest
 
 # ---- damaged results of earlier runs ---------------------------------------------------------------------------------
 
@@ -78,9 +79,9 @@ def test_a_run_that_does_not_fit_names_its_file_and_loses_nothing(kit, tmp_path,
 
 @pytest.mark.parametrize("size", [0, 50_000])
 def test_the_earlier_checkpoint_survives_a_full_disk(tmp_path, size):
-    import torch
-
     from lib import training
+
+    import torch
 
     path, model = tmp_path / "last.safetensors", torch.nn.Linear(100, 100)
     optimizer = torch.optim.AdamW(model.parameters())

@@ -1,14 +1,14 @@
 import csv
 import json
 
+import common
+import extract_keywords as keywords
+from conftest import SAMPLE
+from lib import candidates, casing, files, ranker, results
+
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import SAMPLE
-
-import common
-import extract_keywords as keywords
-from lib import candidates, casing, files, ranker, results
 
 HEADER = ["uuid", "title", "abstract", "Keywords"]
 
@@ -255,6 +255,36 @@ def test_odd_papers_and_few_keywords(extract, tmp_path, small, labelled):
     for row in rows(tmp_path):
         words = row["Keywords"].split("; ")
         assert 1 <= len(words) <= 30 and all(word.strip() for word in words)
+
+
+def test_keywords_with_a_heading_are_those_without(small, extract, tmp_path, write_csv):
+    plain = common.read_papers(small)[HEADER]
+    named = plain.assign(Keywords="Keywords: " + plain["Keywords"])
+    boards = []
+    for frame in (plain, named):
+        extract(frame.values.tolist())
+        boards.append((tmp_path / "outputs/keywords/board.csv").read_bytes())
+    assert boards[0] == boards[1]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("गहन तंत्रिका जाल", ["गहन", "तंत्रिका", "जाल"]),  # vowel signs belong to a word
+        (r"of $\mathrm{Ca}^{2+}$ and \textit{in situ}", ["of", "Ca", "2+", "and", "in", "situ"]),
+        ("PROGNOSIS OF CANCER", ["prognosis", "of", "cancer"]),
+        ("DNA of E. coli", ["DNA", "of", "E.", "coli"]),
+    ],
+)
+def test_words_of_other_scripts_and_programs(text, words):
+    assert [word.written for word in candidates.read_words(text, True)] == words
+
+
+def test_the_record_of_other_lists_goes_before_they_are_written(kit, tmp_path, small, test_b):
+    """A run that fails in between leaves no lists that pass for those of another test file."""
+    assert kit("extract_keywords.py", "--train", small).returncode == 0
+    failed = kit("extract_keywords.py", "--train", small, "--test", "testB.csv", "--submit", tmp_path)
+    assert failed.returncode == 2 and not (tmp_path / "outputs/keywords/metrics.json").exists()
 
 
 CHINESE = "基于深度学习的论文分类"

@@ -2,10 +2,10 @@ import errno
 import os
 import threading
 
-import pytest
-
 from lib import files
 from lib.cli import InputError
+
+import pytest
 
 
 def put(path, text):

@@ -5,17 +5,17 @@ import json
 from argparse import Namespace
 from importlib.util import find_spec
 
-import pytest
-import test_training as loop
-import torch
-from accelerate.state import AcceleratorState
-from transformers import LlamaConfig, PreTrainedModel
-
 import bert_finetune
 import lora_finetune
+import test_training as loop
 from lib import gpu, llm, training
 from lib.cli import InputError
 from lib.items import build_items
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from transformers import LlamaConfig, PreTrainedModel
 
 needs_bitsandbytes = pytest.mark.skipif(
     not find_spec("bitsandbytes"), reason="needs requirements-4bit.txt, which .ci/run installs"

@@ -9,13 +9,13 @@ import sys
 import threading
 import time
 
-import huggingface_hub
-import pytest
 from conftest import KIT, edit_json
-from huggingface_hub.utils import filter_repo_objects
-
 from lib import hub
 from lib.cli import InputError
+
+import huggingface_hub
+import pytest
+from huggingface_hub.utils import filter_repo_objects
 
 # ---- models that nobody vouches for ----------------------------------------------------------------------------------
 

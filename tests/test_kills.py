@@ -15,12 +15,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from conftest import KIT, SAMPLE
+from lib import cli
+
 import pandas as pd
 import pytest
-from conftest import KIT, SAMPLE
 from safetensors import safe_open
-
-from lib import cli
 
 MOMENTS = 4  # at which a case is killed
 CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir")

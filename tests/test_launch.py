@@ -5,8 +5,9 @@ import signal
 import subprocess
 import sys
 
-import pytest
 from conftest import KIT
+
+import pytest
 
 pytestmark = pytest.mark.slow
 

@@ -1,23 +1,24 @@
 import argparse
 import json
+import re
 import shutil
+
+import common
+import lora_finetune
+import lora_predict
+from conftest import CHAT, SAMPLE, SIZES, TWO_PROCESSES, call, edit_json, make_llm, start
+from lib import hub, llm, training
+from lib.cli import InputError
+from lib.items import build_items
+from lib.results import read_predictions, scores
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import CHAT, SAMPLE, SIZES, TWO_PROCESSES, call, edit_json, make_llm, start
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BertConfig, BertLMHeadModel
-
-import common
-import lora_finetune
-import lora_predict
-from lib import hub, llm, training
-from lib.cli import InputError
-from lib.items import build_items
-from lib.results import read_predictions, scores
 
 FIELDS = ["title", "author", "abstract"]
 TINY = ["--epochs", "1", "--batch-size", "4", "--max-length", "200", "--lr", "0.01"]
@@ -331,6 +332,31 @@ def test_resume_takes_the_model_that_it_was(tmp_path):
         assert lora_finetune.find_model(training.make_accelerator("fp32"), args, tmp_path) == name
 
 
+def test_a_base_model_that_moved_is_found_and_another_one_refused(kit, lora, tmp_path, tiny_llm):
+    """Also from another directory than where it was trained."""
+    shutil.copytree(tiny_llm, tmp_path / "m")
+    assert kit("lora_finetune.py", "--model", "m", *TINY).returncode == 0
+    record = json.loads((lora / "best" / "kit.json").read_text())
+    assert record["model"] == str(tmp_path / "m")
+    (tmp_path / "m").rename(tmp_path / "n")
+    assert kit("lora_predict.py").returncode == 2
+    assert kit("lora_predict.py", "--model", "n").returncode == 0
+    path = tmp_path / "n" / "model.safetensors"
+    save_file({name: weight + 0.1 for name, weight in load_file(path).items()}, path, {"format": "pt"})
+    other = kit("lora_predict.py", "--model", "n")
+    assert other.returncode == 2 and "other weights" in other.stderr
+
+
+def test_instruction_data_as_editors_write_it(lora, tiny_llm, kit):
+    for name in ("paper_label.json", "paper_label_valid.json"):
+        path = lora.parent / name
+        path.write_text("\ufeff" + re.sub(r'"output": "(.)"', r'"output": \1', path.read_text()), encoding="utf-8")
+    before = load_file(lora / "best" / "adapter_model.safetensors")
+    assert kit("lora_finetune.py", "--model", tiny_llm, *TINY, "--epochs", "2").returncode == 0
+    after = load_file(lora / "best" / "adapter_model.safetensors")
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
 def test_p_tuning(kit, lora, tiny_llm):
     for command in (["lora_finetune.py", "--model", tiny_llm, *TINY, "--method", "p-tuning-v2"], ["lora_predict.py"]):
         done = kit(*command)
@@ -437,7 +463,6 @@ def published_chatglm2(lora):
         (None, ["TRAIN", "--model", "no/such-model"], ["--model no/such-model"]),
         (published_chatglm2, ["TRAIN", "--model", "chatglm2-6b"], ["convert_chatglm2.py"]),
         (None, ["lora_predict.py", "--fields", "abstract"], ["--fields", "title"]),
-        (None, ["lora_predict.py", "--model", "embedded"], ["--model", "trained with"]),
         (None, ["lora_predict.py", "--train", "other.csv"], ["other papers"]),
         (lambda lora: scale_matrices(lora / "best", 0), ["lora_predict.py"], ["changes nothing"]),
         (lambda lora: edit_json(lora / "best" / "kit.json", prompt="another"), ["lora_predict.py"], ["prompt"]),

@@ -8,8 +8,9 @@ import shutil
 import subprocess
 import sys
 
-import pytest
 from conftest import KIT, SAMPLE, call
+
+import pytest
 
 READMES = ["README.md", "README.zh-CN.md"]
 

@@ -3,15 +3,15 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 
-import numpy as np
-import pandas as pd
-import pytest
-from conftest import KIT, SAMPLE
-
 import common
+from conftest import KIT, SAMPLE
 from lib import plots, report
 from lib.files import write_json
 from lib.results import paper_record, scores
+
+import numpy as np
+import pandas as pd
+import pytest
 
 HOSTILE = "<script>alert(1)</script> | `x` $y^2$ [a](http://b) \"q\" & 'r' 论文 <b"
 LOG = "epoch,train_loss,accuracy,f1,auc,log_loss\n1,0.7,0.5,0.4,,0.7\n2,0.4,0.9,0.9,0.95,0.3\n"
@@ -105,7 +105,7 @@ def test_untrusted_text_stays_text(read_page, model, papers, write_csv, recwarn)
     page = read_page("--train", path)
     assert not recwarn.list
     assert all(f"{name} {HOSTILE}" in page.text for name in ("title", "author", "abstract"))
-    assert "<i>$\\frac$ | 模型" in page.text
+    assert "<i>$\\frac$ | 模型" in page.text and page.text.count("_b") > 2, "in the legend, too"
 
 
 def test_papers_without_authors(read_page, model, papers, write_csv):

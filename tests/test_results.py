@@ -1,11 +1,11 @@
 import re
 
+from lib import files, results
+from lib.cli import InputError
+
 import numpy as np
 import pandas as pd
 import pytest
-
-from lib import files, results
-from lib.cli import InputError
 
 UUIDS = ["010", "x y ", "&amp;,b"]  # they only pass through, as written
 TEST = pd.DataFrame({"uuid": UUIDS, "title": ['Say "x", y', "βeta", "z"], "abstract": ["", "", ""]})
@@ -93,8 +93,8 @@ def test_submission_keeps_uuids_order_and_text(tmp_path, capsys):
     expected = pd.DataFrame({"uuid": TEST["uuid"], "Keywords": TEST["title"], "label": ["1", "0", "1"]}, dtype=str)
     assert submission(tmp_path, TEST).equals(expected)
     assert "the titles" in capsys.readouterr().err
-    own = TEST.assign(Keywords=["k; w", "", "v"])
-    assert submission(tmp_path, own)["Keywords"].tolist() == ["k; w", "βeta", "v"]
+    own = TEST.assign(Keywords=["k₂ ; w", "", "v"])
+    assert submission(tmp_path, own)["Keywords"].tolist() == ["k₂ ; w", "βeta", "v"]
     assert "the test file" in capsys.readouterr().err
     for wrong in ([1, 0], [1, 0, 2]):
         with pytest.raises(ValueError, match="3 labels"):

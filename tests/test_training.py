@@ -1,14 +1,14 @@
 import argparse
 from types import SimpleNamespace
 
+from lib import hub, training
+from lib.cli import InputError
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-
-from lib import hub, training
-from lib.cli import InputError
 
 # ---- batches, rate, weights, plans -----------------------------------------------------------------------------------
 
@@ -246,6 +246,11 @@ def test_a_new_run_clears_the_earlier_one_and_nothing_else(tmp_path):
     assert all((tmp_path / name).exists() for name in names)
     training.begin(tmp_path, [tmp_path / "fold1"], resume=True)  # there is no state to go on with
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == kept
+
+
+def test_a_folder_that_models_can_not_be_saved_to_is_refused(tmp_path):
+    with pytest.raises(InputError, match="not UTF-8"):
+        training.begin(tmp_path / "\udcca\udce4", [tmp_path], resume=False)
 
 
 def test_stops_early_and_keeps_the_best(tmp_path):
