@@ -218,10 +218,9 @@ def test_what_is_wrong_again_is_not_learned(tmp_path, monkeypatch, capsys):
         """Wrong after the learning rate fell: at the fifth look in a row that finds all right, twice a few and all."""
         probs = predict(accelerator, model, papers, task)
         right.append(((probs >= 0.5) == [paper["label"] for paper in papers]).all())
-        if right[-5:] != [True] * 5:
-            return probs
-        right.clear()
-        return 1 - probs
+        once = right[-5:] == [True] * 5 and "fooled" not in right
+        right.extend(["fooled"] * once)
+        return 1 - probs if once else probs
 
     monkeypatch.setattr(training, "predict", wrong_once)
     done, _, _ = fit(tmp_path, **LEARNS)
