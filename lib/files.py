@@ -36,7 +36,7 @@ def atomic_write(path):
         if part.is_file():
             with open(part, "r+b") as file:  # Windows syncs only what is open for writing
                 os.fsync(file.fileno())
-        if path.is_dir():
+        if part.is_dir() and path.is_dir():  # a file never takes the place of a folder
             path.rename(old)
         part.replace(path)
         shutil.rmtree(old, ignore_errors=True)

@@ -30,6 +30,13 @@ def test_a_write_replaces_all_or_nothing(tmp_path, name):
         assert read() == text and os.listdir(path.parent) == [name]
 
 
+def test_a_file_never_takes_the_place_of_a_folder(tmp_path):
+    put(tmp_path / "folder", "mine")
+    with pytest.raises(OSError), files.atomic_write(tmp_path / "folder") as part:
+        part.write_text("a file")
+    assert os.listdir(tmp_path) == ["folder"] and os.listdir(tmp_path / "folder") == ["mine"]
+
+
 def test_of_a_link_the_target_is_replaced(tmp_path):
     put(tmp_path / "disk" / "a.txt", "old")
     (tmp_path / "link.txt").symlink_to("disk/a.txt")
