@@ -45,7 +45,7 @@ def find_adapters(args, folder):
 
 def untrained_kit(args, accelerator):
     """A record, like an adapter's, of the model without one."""
-    fields = common.load_papers(args)[2]
+    fields = common.shared_fields(common.read_papers(args.train), common.read_papers(args.test), args.fields)
     model = llm.find_model(args.model or "auto", accelerator)
     length = llm.default_length(model)
     split = {"seed": 42, "valid_ratio": 0.1, "folds": None, "seeds": None, "limit": args.limit, "train": None}
