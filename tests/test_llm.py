@@ -367,12 +367,13 @@ def test_p_tuning(kit, lora, tiny_llm):
 def test_untrained_model(kit, tmp_path, tiny_llm, test_b):
     """It is a model like any other: blend.py shows what training gains. Every test file is read by the same fields."""
     folder, command = tmp_path / "outputs/untrained", ["lora_predict.py", "--adapter", "none", "--model", tiny_llm]
-    for flags, test in (([], []), (["--predict-only", "--limit", 7], ["--test", "testB.csv"])):
+    for flags, test in (([], []), (["--predict-only"], ["--test", "testB.csv"])):
         done = kit(*command, *flags, *test)
         assert done.returncode == 0 and ("untrained, test" in done.stdout) == (not flags), done.stderr
         assert json.loads((folder / "metrics.json").read_text())["fields"] == FIELDS
         assert len(probs_of(folder / "valid.csv")) == 12
         assert kit("blend.py", *test).returncode == 0
+    assert kit(*command, "--predict-only", "--limit", 1).returncode == 0, "papers of one class"
 
 
 def scale_matrices(folder, factor):
