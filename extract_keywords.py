@@ -17,6 +17,7 @@ them (lib/ranker.py) and the ways to write them (lib/casing.py). Scores are out 
 """
 
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import common
@@ -24,7 +25,7 @@ from lib import cli, results
 from lib.candidates import CHINESE, SEPARATORS, find_separator, split_cell, split_keywords, stem
 from lib.casing import list_entries
 from lib.cli import InputError, bounded, log, positive_int
-from lib.files import locked, write_csv, write_json
+from lib.files import atomic_write, locked, write_csv, write_json
 from lib.ranker import build_corpus, learn_and_rate, lookup
 
 import numpy as np
@@ -185,12 +186,16 @@ def extract(args, folder):
         **results.environment(),
     }
     usual = corpus.found.phrases[corpus.keywords.sum(axis=0).argmax()]  # for a paper without keywords and title
-    (folder / "metrics.json").unlink(missing_ok=True)  # it says whose keywords these are: removed first, written last
-    for path, lists in ((folder / "board.csv", board), (folder / "test.csv", reader), (args.submit, reader)):
-        cells = ["; ".join(keywords) for keywords in lists[count:]]
-        cells = [cell or title.replace(";", ",") or usual for cell, title in zip(cells, test["title"])]
-        write_csv(path, {"uuid": test["uuid"].tolist(), "Keywords": cells})
-    write_json(folder / "metrics.json", metrics)
+    with ExitStack() as stack:  # left in reverse order: metrics.json, which says whose keywords these are, is put last
+        names = ("metrics.json", "board.csv", "test.csv")
+        record, *parts = [stack.enter_context(atomic_write(folder / name)) for name in names]
+        with atomic_write(args.submit) as submit:  # if it can't be written, the earlier lists stay
+            for path, lists in zip((*parts, submit), (board, reader, reader)):
+                cells = ["; ".join(keywords) for keywords in lists[count:]]
+                cells = [cell or title.replace(";", ",") or usual for cell, title in zip(cells, test["title"])]
+                write_csv(path, {"uuid": test["uuid"].tolist(), "Keywords": cells})
+            write_json(record, metrics)
+        (folder / "metrics.json").unlink(missing_ok=True)
     log(f"wrote {args.submit}: {len(test)} papers, {sum(map(len, reader[count:]))} keywords")
     print("  ".join(f"{name} {value:.4f}" for name, value in values.items()))
     print(f"{count} papers out of fold, {' '.join(metrics['fields'])}; threshold {threshold}, {seconds:.1f} s")
