@@ -61,14 +61,16 @@ def read_train(path, split):
     return train
 
 
-def load_adapter(model, tokenizer, folder, kit):
-    """The model with the adapter of `folder`. Raises InputError if that can't be loaded or learned another prompt."""
+def load_adapter(name, model, tokenizer, folder, kit):
+    """The model called `name` with the adapter of `folder`. Raises InputError if that can't be loaded, or has learned
+    another prompt.
+    """
     form = llm.describe_prompt(tokenizer)
     changed = results.describe_changes({key: kit[key] for key in form}, form)
     if changed:
         raise InputError(f"{folder}: the prompt is not the one the adapter was trained with: {changed}; train it again")
     if not np.allclose(llm.weights_sample(model), kit["weights"], rtol=0.02, atol=1e-3):
-        raise InputError(f"{folder} was trained with other weights than those of {kit['model']}: give the right "
+        raise InputError(f"{folder} was trained with other weights than those of {name}: give the right "
                          "--model, or train it again")  # fmt: skip
     try:
         return PeftModel.from_pretrained(model, str(folder))
@@ -79,9 +81,9 @@ def load_adapter(model, tokenizer, folder, kit):
 def predict_one(accelerator, args, adapter, kit, papers):
     """(P(label = 1) of each paper by the model with the adapter in the folder `adapter`, or None; seconds)."""
     four_bit = kit.get("load_in_4bit", False)
-    model, tokenizer = llm.load_llm(kit["model"], accelerator, four_bit)
+    model, tokenizer = llm.load_llm(args.model, accelerator, four_bit)
     if adapter:
-        model = load_adapter(model, tokenizer, adapter, kit)
+        model = load_adapter(args.model, model, tokenizer, adapter, kit)
     scorer = llm.Scorer(model, tokenizer).to(accelerator.device)
     length = llm.fit_length(model, args.max_length, scorer.virtual)
     papers = llm.encode_items(tokenizer, items.build_items(papers, kit["fields"], kit["instruction"]), length)
@@ -89,7 +91,7 @@ def predict_one(accelerator, args, adapter, kit, papers):
         llm.check_adapter(scorer, papers)
     if adapter and not scorer.virtual and not four_bit:  # a prefix can't be merged, 4 bits would round what is merged
         llm.merge_adapter(scorer, papers)
-    log(f"{len(papers)} papers to score; {kit['model']}, {training.describe(accelerator)}")
+    log(f"{len(papers)} papers to score; {args.model}, {training.describe(accelerator)}")
     started = time.perf_counter()
     probs = training.predict(accelerator, scorer, papers, llm.Task(papers), args.batch_size)
     return probs if adapter else calibrate(probs), time.perf_counter() - started
@@ -181,7 +183,8 @@ def main():
         kits = [read_kit(adapter) for adapter in adapters]
         if args.fields not in (None, kits[0]["fields"]):
             raise InputError(f"--fields: the adapter was trained with {kits[0]['fields']}: leave --fields out")
-        kits = [kit | {"model": args.model or kit["model"]} for kit in kits]  # it may have been moved
+    if untrained or args.model in (None, "auto"):
+        args.model = kits[0]["model"]  # else it has been moved
     args.max_length = args.max_length or kits[0]["max_length"]
     with files.locked(folder), training.explain("the same command starts again"):
         predict(accelerator, args, folder, adapters, kits)

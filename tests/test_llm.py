@@ -341,6 +341,9 @@ def test_a_base_model_that_moved_is_found_and_another_one_refused(kit, lora, tmp
     (tmp_path / "m").rename(tmp_path / "n")
     assert kit("lora_predict.py").returncode == 2
     assert kit("lora_predict.py", "--model", "n").returncode == 0
+    shutil.copytree(tmp_path / "n", tmp_path / "o")
+    assert kit("lora_predict.py", "--predict-only", "--model", "o").returncode == 0
+    assert (lora / "valid.csv").exists(), "held-out scores are of this adapter still"
     path = tmp_path / "n" / "model.safetensors"
     save_file({name: weight + 0.1 for name, weight in load_file(path).items()}, path, {"format": "pt"})
     other = kit("lora_predict.py", "--model", "n")
