@@ -12,7 +12,6 @@ from pathlib import Path
 from urllib.request import getproxies
 
 from lib.cli import InputError, log
-from lib.files import read_json
 
 SAFE = {"trust_remote_code": False, "local_files_only": True}  # arguments for every from_pretrained
 FILES = ["*.json", "*.txt", "*.model", "*.jinja"]
@@ -34,9 +33,10 @@ def local_folder(flag, name):
     """The directory of a model, as a string: `name` itself, or the download of a hub name. Raises InputError, blaming
     `flag`, if there is no such model or if a file is only a git-lfs pointer.
     """
+    if Path(name).is_dir():
+        refuse_chatglm(flag, name, Path(name), f"run python convert_chatglm2.py {name} {name}-plain")
     folder = Path(name) if Path(name).is_dir() else download(flag, name)
     check_folder(folder)
-    refuse_chatglm(flag, name, folder)
     return str(folder)
 
 
@@ -52,7 +52,9 @@ def download(flag, name):
     log(f"{flag} {name}: looking on the hub, {constants.ENDPOINT}")
     try:
         get_session().event_hooks["request"].append(limit_wait)
-        refuse_chatglm(flag, name, Path(snapshot_download(name, allow_patterns=["config.json"], **options)))
+        config = Path(snapshot_download(name, allow_patterns=["config.json"], **options))  # before gigabytes of weights
+        remedy = f"run hf download {name} --local-dir DIR, then python convert_chatglm2.py DIR DIR-plain"
+        refuse_chatglm(flag, name, config, remedy)
         folder = Path(snapshot_download(name, allow_patterns=[*FILES, "*.safetensors"], **options))
         if not any(folder.glob("*.safetensors")):
             snapshot_download(name, allow_patterns=[*FILES, "*.bin"], **options)
@@ -63,13 +65,12 @@ def download(flag, name):
     return folder
 
 
-def refuse_chatglm(flag, name, folder):
+def refuse_chatglm(flag, name, folder, remedy):
     """Raise InputError for ChatGLM as published, which needs code that is 3 years old."""
-    if read_json(folder / "config.json").get("model_type") == "chatglm":
-        source = name if Path(name).is_dir() else "DIR"
-        first = "" if Path(name).is_dir() else f"download it (hf download {name} --local-dir DIR), "
-        raise InputError(f"{flag} {name} is ChatGLM as published, which needs code that is 3 years old: {first}run "
-                         f"python convert_chatglm2.py {source} {source}-plain, give {flag} {source}-plain")  # fmt: skip
+    path = folder / "config.json"
+    if path.is_file() and re.search(r'"model_type": *"chatglm"', path.read_text(encoding="utf-8", errors="replace")):
+        raise InputError(f"{flag} {name} is ChatGLM as published, which needs code that is 3 years old: {remedy}, and "
+                         f"give {flag} the new directory")  # fmt: skip
 
 
 def limit_wait(request):
