@@ -43,6 +43,7 @@ die() {
     printf 'run.sh: %s\n' "$*" >&2
     exit 2
 }
+has_train() { [ -f "$1/train.csv" ] || [ -f "$1/train.csv.zip" ]; }
 contains() { case " $1 " in *" $2 "*) ;; *) return 1 ;; esac; } # contains "bert blend" blend
 
 # python baseline.py --seed 7: run a script of the kit with the Python of .venv. on_every_gpu: one process a GPU.
@@ -100,8 +101,8 @@ for name in $stages; do
     contains "setup $chain report test" "$name" || die "no stage '$name': bash run.sh --help lists them"
 done
 if [ -n "${DATA_DIR:-}" ]; then
-    [ -n "$(compgen -G "${DATA_DIR/#\~/$HOME}/train.csv*")" ] || die "DATA_DIR=$DATA_DIR has no train.csv"
-elif [ -z "$(compgen -G "$kit/data/train.csv*")" ]; then
+    has_train "${DATA_DIR/#\~/${HOME:-}}" || die "DATA_DIR=$DATA_DIR has no train.csv"
+elif ! has_train "$kit/data"; then
     say "NO DATA YET: running on the small sample in data/sample; put train.csv and test.csv into $kit/data"
 fi
 for name in RESUME LLM_4BIT; do

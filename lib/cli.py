@@ -119,12 +119,14 @@ def path(text):
 def data_dir():
     """$DATA_DIR, else data/ if it holds train.csv, zipped or not, else data/sample."""
     own = KIT / "data"
-    return path(os.environ.get("DATA_DIR") or (own if any(own.glob("train.csv*")) else own / "sample"))
+    found = (own / "train.csv").is_file() or (own / "train.csv.zip").is_file()
+    return path(os.environ.get("DATA_DIR") or (own if found else own / "sample"))
 
 
 def data_file(name):
     """The path of a CSV file in data_dir(), as it is or as train.csv.zip."""
-    return next(iter(sorted(data_dir().glob(f"{name}*"))), data_dir() / name)
+    plain, zipped = data_dir() / name, data_dir() / f"{name}.zip"
+    return zipped if zipped.is_file() and not plain.is_file() else plain
 
 
 def arg_parser(doc, *names):

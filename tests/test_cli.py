@@ -78,6 +78,8 @@ def test_zipped_downloads_are_found(tmp_path, monkeypatch):
     monkeypatch.setattr(cli, "KIT", tmp_path)
     assert cli.data_file("train.csv") == tmp_path / "data" / "sample" / "train.csv"
     (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.csv.part").touch()  # a download that isn't finished
+    assert cli.data_file("train.csv") == tmp_path / "data" / "sample" / "train.csv"
     for name in ("train.csv.zip", "test.csv.zip", "test_labels.csv"):
         (tmp_path / "data" / name).touch()
     assert [cli.data_file(name).name for name in ("train.csv", "test.csv")] == ["train.csv.zip", "test.csv.zip"]
