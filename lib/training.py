@@ -113,7 +113,7 @@ def explain(go_on):
         raise KeyboardInterrupt(go_on) from None
     except (RuntimeError, MemoryError) as error:
         if hub.is_out_of_memory(error):
-            raise InputError("out of memory: try a higher --accumulate (same result in smaller pieces), of an LLM "
+            raise InputError("out of memory: try a higher --accumulate (in training; same result), of an LLM "
                              "--gradient-checkpointing, a smaller --max-length or --model") from None  # fmt: skip
         if "by peer" in str(error):  # connection closed or reset by peer
             raise InputError(f"another process of this run died; {go_on}") from None
@@ -279,7 +279,7 @@ def begin(folder, runs, resume):
     """Clear what an earlier run left in `folder`, unless this one goes on with it. `runs`: the folders of its single
     trainings, which may be `folder` itself. The states go first: if it is killed here, nothing left passes for a run.
     """
-    if not str(folder).isprintable():
+    if any("\ud800" <= letter <= "\udfff" for letter in str(folder)):
         raise InputError(f"{folder}: this name is not UTF-8, and models can't be saved there: give another --out-dir")
     if resume and any((run / LAST).is_file() for run in runs):
         return

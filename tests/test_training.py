@@ -253,6 +253,7 @@ def test_a_new_run_clears_the_earlier_one_and_nothing_else(tmp_path):
 def test_a_folder_that_models_can_not_be_saved_to_is_refused(tmp_path):
     with pytest.raises(InputError, match="not UTF-8"):
         training.begin(tmp_path / "\udcca\udce4", [tmp_path], resume=False)
+    training.begin(tmp_path / "论文\u3000数据", [tmp_path], resume=False)
 
 
 def test_stops_early_and_keeps_the_best(tmp_path):
