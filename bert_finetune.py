@@ -181,7 +181,7 @@ def predict_with(accelerator, folder, papers):
     tokenizer, model = load_tokenizer(source), load_model(source)
     if not isinstance(papers, list):
         papers = encode(tokenizer, papers, kit["fields"], kit["max_length"])
-    model = accelerator.prepare_model(model, evaluation_mode=True)
+    model.to(accelerator.device)
     started = time.perf_counter()
     probs = training.predict(accelerator, model, papers, Task(tokenizer, accelerator.device, kit))
     seconds = time.perf_counter() - started

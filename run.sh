@@ -47,13 +47,14 @@ has_train() { [ -f "$1/train.csv" ] || [ -f "$1/train.csv.zip" ]; }
 contains() { case " $1 " in *" $2 "*) ;; *) return 1 ;; esac; } # contains "bert blend" blend
 
 # python baseline.py --seed 7: run a script of the kit with the Python of .venv. on_every_gpu: one process a GPU.
-python() { say "python $*" && "$venv/bin/python" "$kit/$1" "${@:2}"; }
-on_every_gpu() { say "python $*" && "$venv/bin/python" "$kit/lib/launch.py" "$kit/$1" "${@:2}"; }
+python() { say "$number of $count: python $*" && "$venv/bin/python" "$kit/$1" "${@:2}"; }
+on_every_gpu() { say "$number of $count: python $*" && "$venv/bin/python" "$kit/lib/launch.py" "$kit/$1" "${@:2}"; }
 
 # stage NAME NEEDED COMMAND ...: run the command if the stage is asked for, unless the stage that it needs has failed.
 stage() {
     contains "$stages" "$1" || return 0
     now=$1
+    number=$((number + 1))
     if contains "$failed" "$2"; then
         say "$1 is left out: it needs $2"
     elif "${@:3}"; then
@@ -95,6 +96,8 @@ contains "$stages" setup || stages="setup $stages"
 finished=""
 failed="" # also those that were left out
 now=setup # the stage that runs
+number=-1 # of this stage; setup is not counted
+count=$(($(wc -w <<<"$stages") - 1))
 trap stop INT
 for name in $stages; do
     case $name in -h | --help) usage && exit ;; esac

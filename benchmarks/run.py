@@ -20,8 +20,8 @@ import sys
 import tempfile
 import time
 import timeit
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from itertools import chain
 from pathlib import Path
@@ -80,6 +80,7 @@ class Group:
     ask: int | None = None  # test papers and held-out papers, each, None: all
     goal: bool = False  # measure the time to GOAL
     keywords: bool = False  # scored by keywords, on held-out papers alone
+    busy: bool = False  # measured beside a process that keeps a core busy
 
 
 BERT = "bert_finetune.py --model embedded --precision fp32"
@@ -119,7 +120,7 @@ GROUPS = {
             Row("transformers' Trainer", "peers.py trainer_bert"),
         ],
     ),
-    "lora": Group(
+    "lora-speed": Group(
         "LLM: speed, like for like",
         "SmolLM2-135M, 512 tokens, one epoch of few papers, too few to learn from; trained in batches of 8.",
         SPEED, learn=24, ask=12,
@@ -174,6 +175,9 @@ GROUPS = {
         ],
     ),
 }  # fmt: skip
+for name in ("bert", "lora"):
+    like = GROUPS[f"{name}-speed"]
+    GROUPS[f"{name}-busy"] = replace(like, title=f"{like.title}, beside a process that keeps a core busy", busy=True)
 # The folder under outputs/ to which a script writes; a peer's has its name.
 OUTPUTS = {"baseline.py": "baseline", "bert_finetune.py": "bert", "lora_predict.py": "lora"}
 OUTPUTS["extract_keywords.py"] = "keywords"
@@ -287,6 +291,16 @@ def split_keywords(cell):
 # ---- all rounds ------------------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def busy_core(wanted):
+    """If `wanted`, keep one core busy meanwhile."""
+    other = subprocess.Popen([sys.executable, "-c", "while True: pass" if wanted else ""])
+    try:
+        yield
+    finally:
+        other.kill()
+
+
 def measure_group(group, args):
     """All rounds of a group. Returns ({row name: [what was measured, a dict a round]}, faults: list of str, which
     papers there were: str).
@@ -297,7 +311,7 @@ def measure_group(group, args):
         done = {}
         for row in group.rows:
             log(f"{time.strftime('%H:%M:%S')} round {seed} of {args.rounds}: {row.name}")
-            with tempfile.TemporaryDirectory() as folder:
+            with tempfile.TemporaryDirectory() as folder, busy_core(group.busy):
                 write_papers(Path(folder), group, learn, asked, fields)
                 try:
                     done[row.name] = measure(row, group, Path(folder), asked, seed)

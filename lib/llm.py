@@ -8,7 +8,7 @@ the log-probabilities of the two answers, however many tokens they take.
 import copy
 import os
 import re
-from contextlib import contextmanager
+import threading
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -247,6 +247,8 @@ class Scorer(torch.nn.Module):
         self.end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         self.virtual = getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", 0)  # p-tuning v2
         self.prefix, self.cache = None, None  # what all prompts begin with, once it was looked for
+        self.lock = threading.Lock()  # for that
+        self.head = head_at(model.get_output_embeddings())
         for layer in model.modules():
             if hasattr(layer, "lora_A"):
                 layer.cast_input_dtype_enabled = False  # autocast, under which all is read, does without
@@ -290,8 +292,11 @@ class Scorer(torch.nn.Module):
         if hasattr(model.config, "vision_config"):  # which tokens are pictures: none
             more["token_type_ids"] = torch.zeros_like(ids)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            with head_at(model.get_output_embeddings(), places):
+            self.head.places = places
+            try:
                 return model(input_ids=ids, **more)
+            finally:
+                self.head.places = None
 
     def forward(self, papers):
         """-log P(answer and end token | prompt) of each paper, the training loss: float tensor [papers]."""
@@ -318,22 +323,22 @@ class Scorer(torch.nn.Module):
         return torch.stack(found, dim=1).softmax(1)[:, 1]
 
 
-@contextmanager
-def head_at(head, places):
-    """Let a model's output layer compute at some positions of each row only. `places`: int tensor [rows, few]."""
+def head_at(head):
+    """Let a model's output layer compute at some positions of each row only: the `places` (int tensor [rows, few]) of
+    the object that is returned, which each thread has for itself; in float32 when no gradient is wanted.
+    """
+    chosen = threading.local()
 
     def gather(layer, inputs):
-        rows = torch.arange(len(places), device=places.device)[:, None]
-        return (inputs[0][rows, places],)
+        if getattr(chosen, "places", None) is None:
+            return inputs
+        rows = torch.arange(len(chosen.places), device=chosen.places.device)[:, None]
+        return (inputs[0][rows, chosen.places],)
 
-    handles = [head.register_forward_pre_hook(gather)]
-    if type(head) is torch.nn.Linear and not torch.is_grad_enabled():
-        handles.append(head.register_forward_hook(training.in_float32))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    head.register_forward_pre_hook(gather)
+    if type(head) is torch.nn.Linear:
+        head.register_forward_hook(lambda *given: None if torch.is_grad_enabled() else training.in_float32(*given))
+    return chosen
 
 
 class Task:
@@ -346,8 +351,9 @@ class Task:
         return scorer(papers)
 
     def probs(self, scorer, papers):
-        if scorer.prefix is None:
-            scorer.share_prefix(self.prompts)
+        with scorer.lock:
+            if scorer.prefix is None:
+                scorer.share_prefix(self.prompts)
         return scorer.probs(papers)
 
 

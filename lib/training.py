@@ -9,9 +9,9 @@ A script gives the loop a task, any object with three functions:
 
 A paper is a dict with "input_ids" (list of int) and, to train on, "label" (0 or 1).
 
-A step's batch is split over accumulation pieces and processes; neither number changes what is learned. The random
-numbers of a step (dropout) depend on seed, step and process alone, so a resumed run ends with the weights of an
-uninterrupted one, on a GPU up to rounding.
+A step's batch is split over pieces and processes; neither number changes what is learned. On a CPU, pieces are computed
+side by side. The random numbers of a step (dropout) depend on seed, step and process alone, so a resumed run ends with
+the weights of an uninterrupted one, on a GPU up to rounding.
 """
 
 import json
@@ -21,7 +21,8 @@ import shutil
 import sys
 import time
 import warnings
-from contextlib import contextmanager, nullcontext
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -58,7 +59,7 @@ def add_training_flags(parser, epochs, batch_size, patience, cpu_piece):
     add("--accumulate", type=positive_int, metavar="N", help="pieces a batch is split into, to save memory: same "
         f"result; default: pieces of {cpu_piece} papers, fastest on a CPU, of {4 * cpu_piece} with CUDA")  # fmt: skip
     add("--lr", type=bounded(float, 1e-9, 10), metavar="X", help="highest learning rate, default by model")
-    add("--warmup", type=bounded(float, 0, 1), default=0.1, metavar="R", help="share of the steps, default %(default)s")
+    add("--warmup", type=bounded(int, 0, 10**6), default=20, metavar="N", help="steps, default %(default)s")
     add("--weight-decay", type=bounded(float, 0, 10), default=0.01, metavar="X", help="default %(default)s")
     add("--patience", type=positive_int, default=patience, metavar="N", help="stop after N epochs without a better one")
     add("--class-weight", choices=("balanced",), help="let both classes count the same, whatever their numbers")
@@ -146,14 +147,37 @@ def count_pieces(args, device):
     return args.accumulate or -(-args.batch_size // size)
 
 
-def rate(step, steps, warmup, shape):
-    """The learning rate of a step (from 0) as a share of the highest: linear warm-up over `warmup` of the steps, then
-    to 0 along a line ("linear") or half a cosine ("cosine").
+def count_threads(args, model, device):
+    """How many pieces of a batch are computed side by side, see side_by_side: so many that they are a default batch.
+    One at a time on a GPU, and with dropout, whose random numbers come in the order of the pieces.
     """
-    rise = max(1, round(steps * warmup))
-    if step < rise:
-        return (step + 1) / rise
-    done = (step - rise) / max(1, steps - rise)
+    drops = any(isinstance(layer, torch.nn.Dropout) and layer.p > 0 for layer in model.modules())
+    return 1 if drops or device.type != "cpu" else min(torch.get_num_threads(), -(-args.batch_size // args.cpu_piece))
+
+
+def side_by_side(function, pieces, threads):
+    """function(piece) of each piece, in their order, as map() gives it. `threads` pieces are computed at the same time,
+    each by its share of the cores: cores that meet once a step, not in each small operation, are faster, most of all on
+    a computer that does something else, too.
+    """
+    if threads == 1:
+        yield from map(function, pieces)
+        return
+    cores = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(cores // threads,)) as pool:
+            yield from pool.map(function, pieces)
+    finally:
+        torch.set_num_threads(cores)  # of MKL, which all threads share
+
+
+def rate(step, steps, warmup, shape):
+    """The learning rate of a step (from 0) as a share of the highest: up along a line over `warmup` steps, then to 0
+    along a line ("linear") or half a cosine ("cosine").
+    """
+    if step < warmup:
+        return (step + 1) / warmup
+    done = (step - warmup) / max(1, steps - warmup)
     return 1 - done if shape == "linear" else 0.5 * (1 + math.cos(math.pi * done))
 
 
@@ -310,14 +334,18 @@ class Run:
     optimizer: torch.optim.Optimizer
     weights: np.ndarray  # float [papers to learn from], what each one's loss counts
     state: dict  # JSON, what a checkpoint says, see start_state
-    parallel: torch.nn.Module = None  # model and optimizer as accelerate wraps them
-    stepper: object = None
+    stepper: object  # the optimizer as accelerate wraps it
+    threads: int  # pieces computed at a time, see count_threads
     saved: float = field(default_factory=time.perf_counter)  # when the last checkpoint was written
     timed: bool = False  # whether the log says how long it will take
 
     def batches(self, epoch):
         lengths = [len(paper["input_ids"]) for paper in self.train]
         return draw_batches(lengths, self.args.batch_size, (self.args.seed, epoch))
+
+    @property
+    def trained(self):
+        return [weight for group in self.optimizer.param_groups for weight in group["params"]]
 
     def cooldown_factor(self):
         """What the learning rate is multiplied with: 1, and once all is learned down to 0 between "cool" and "stop"."""
@@ -344,8 +372,8 @@ def fit(accelerator, model, task, train, held_out, folder, args, settings, shape
     optimizer = make_optimizer(model, args)
     state = start_state(model, optimizer, folder, args, json.loads(json.dumps(settings)))
     weights = loss_weights([paper["label"] for paper in train], args.class_weight)
-    run = Run(accelerator, model, task, train, held_out, folder, args, shape, optimizer, weights, state)
-    run.parallel, run.stepper = accelerator.prepare(model, optimizer)
+    more = accelerator.prepare(optimizer), count_threads(args, model, accelerator.device)
+    run = Run(accelerator, model, task, train, held_out, folder, args, shape, optimizer, weights, state, *more)
     if state["scaler"] and accelerator.scaler:
         accelerator.scaler.load_state_dict(state["scaler"])
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
@@ -384,9 +412,7 @@ def try_largest(run):
     longest = length_batches([len(paper["input_ids"]) for paper in run.train], size)[0]
     run.model.train()
     torch.manual_seed(run.args.seed)
-    loss = run.task.losses(run.parallel, [run.train[i] for i in longest]).sum()
-    run.accelerator.backward(loss)
-    run.stepper.zero_grad()
+    loss, _ = gradients(run, longest, 1)
     check_finite(run, loss.item())
 
 
@@ -433,33 +459,35 @@ def say_duration(run):
     state, papers = run.state, run.args.epochs * len(run.train)
     minutes = (papers - state["papers"]) * state["seconds"] / state["papers"] / 60
     if not run.timed and minutes >= 1:
-        log(f"about {minutes:.0f} minutes for {run.args.epochs} epochs, less if it has learned before")
+        early = ", and a fraction of that if it learns fast" if len(run.held_out) >= MIN_HELD_OUT else ""
+        log(f"about {minutes:.0f} minutes for {run.args.epochs} epochs{early}")
     run.timed = True
 
 
 def check_learned(run, steps):
     """End the training early, in three steps:
 
-    1. At every eighth of an epoch score the held-out papers, first a few of them.
-    2. If all are right twice running, the learning rate falls to 0 over a tenth as many steps again, which ends the
-       epoch. After the first time SmolLM2 was wrong on 1 of the competition's 1,000 test papers, after the second on 0.
+    1. At every twentieth of an epoch score the held-out papers, a few at a time, until one is wrong.
+    2. If all are right, half as many steps again follow, over which the learning rate falls to 0. They end the epoch.
     3. If all are right then, too, training ends (score_epoch); else it goes on with the next epoch.
 
     `steps`: of an epoch. With fewer than MIN_HELD_OUT held-out papers the epochs decide.
     """
-    state = run.state
-    if len(run.held_out) < MIN_HELD_OUT or state["stop"] or state["batch"] % max(10, steps // 80 * 10):
+    state, parts = run.state, len(run.held_out) // 20
+    if len(run.held_out) < MIN_HELD_OUT or state["stop"] or state["batch"] % max(10, round(steps / 20, -1)):
         return
-    for papers in (run.held_out[:: len(run.held_out) // 20], run.held_out):
+    for part in range(parts):
+        papers = run.held_out[part::parts]
         guess = predict(run.accelerator, run.model, papers, run.task) >= 0.5
         wrong = np.sum(guess != [paper["label"] for paper in papers])
         if wrong:
             break
     run.model.train()
-    log(f"epoch {state['epoch'] + 1}, {state['batch'] / steps:.0%}: {wrong} of {len(papers)} held-out papers are wrong")
-    before, state["cool"] = state["cool"], None if wrong else state["batch"]
-    if before and not wrong:
-        state["stop"] = min(steps, state["cool"] + max(10, (state["epoch"] * steps + state["batch"]) // 10))
+    seen = len(papers) if wrong else len(run.held_out)
+    log(f"epoch {state['epoch'] + 1}, {state['batch'] / steps:.0%}: {wrong} of {seen} held-out papers are wrong")
+    if not wrong:
+        state["cool"] = state["batch"]
+        state["stop"] = min(steps, state["batch"] + (state["epoch"] * steps + state["batch"]) // 2)
         log("learned: the learning rate falls to 0 now, and training ends")
 
 
@@ -470,19 +498,32 @@ def train_step(run, batch, step, steps):
     torch.manual_seed(args.seed + 1_000_003 * step + 7919 * rank)
     for group in run.optimizer.param_groups:
         group["lr"] = args.lr * rate(step, steps, args.warmup, run.shape) * run.cooldown_factor()
-    total, parts = 0, np.array_split(batch, pieces)
-    for i in range(rank, pieces, processes):
-        # Every process must take part in each backward pass: without a paper of its own, with one that counts nothing.
-        piece, counts = (parts[i], 1) if len(parts[i]) else (batch[:1], 0)
-        weights = gpu.to_device(torch.tensor(counts * run.weights[piece], dtype=torch.float32), accelerator.device)
-        with nullcontext() if i + processes >= pieces else accelerator.no_sync(run.parallel):
-            loss = (run.task.losses(run.parallel, [run.train[j] for j in piece]) * weights).sum()
-            accelerator.backward(loss * processes / len(batch))  # gradients are averaged over processes
-        total += loss.detach()
-    accelerator.clip_grad_norm_([w for group in run.optimizer.param_groups for w in group["params"]], 1.0)
+    total, parts = 0, np.array_split(batch, pieces)[rank::processes]
+    for loss, found in side_by_side(lambda piece: gradients(run, piece, len(batch)), parts, run.threads):
+        total += loss
+        for weight, gradient in zip(run.trained, found):
+            if gradient is not None:
+                weight.grad = gradient if weight.grad is None else weight.grad + gradient
+    if processes > 1:
+        for weight in run.trained:
+            weight.grad = accelerator.reduce(torch.zeros_like(weight) if weight.grad is None else weight.grad)
+    accelerator.clip_grad_norm_(run.trained, 1.0)
     run.stepper.step()
     run.stepper.zero_grad()
     return total
+
+
+def gradients(run, piece, size):
+    """The summed loss of a piece (int array of papers) of a batch of `size` papers, and the gradients of the trained
+    weights for their mean: a tensor each, None for a weight that isn't used.
+    """
+    if len(piece) == 0:  # a process more than there are papers
+        return torch.zeros((), device=run.accelerator.device), [None] * len(run.trained)
+    weights = gpu.to_device(torch.tensor(run.weights[piece], dtype=torch.float32), run.accelerator.device)
+    with run.accelerator.autocast():
+        loss = (run.task.losses(run.model, [run.train[i] for i in piece]) * weights).sum()
+    scaled = run.accelerator.scaler.scale(loss) if run.accelerator.scaler else loss
+    return loss.detach(), torch.autograd.grad(scaled / size, run.trained, allow_unused=True)
 
 
 def sync_loss(run, total):
@@ -512,7 +553,7 @@ def score_epoch(run):
     better = rank_of(values) > max(map(rank_of, history), default=(-1, 0))
     history.append({"epoch": epoch, "train_loss": round(train_loss, 6), **values})
     best = max(range(len(history)), key=lambda i: rank_of(history[i]))
-    learned = state["cool"] is not None and values["accuracy"] == 1
+    learned = cooled and values["accuracy"] == 1
     state |= {"epoch": epoch, "batch": 0, "loss": 0.0, "cool": None, "stop": None}
     state["finished"] = epoch == args.epochs or len(history) - 1 - best >= args.patience or learned
     log(f"epoch {epoch}: train loss {train_loss:.4f}; {len(run.held_out)} held out: accuracy {values['accuracy']:.4f}, "
@@ -567,9 +608,14 @@ def score_batches(accelerator, model, papers, task, batches):
     found = torch.zeros(len(papers), device=accelerator.device)
     own = batches[accelerator.process_index :: accelerator.num_processes]
     bar = progress(accelerator, sum(map(len, own)), "predict")
-    for batch in own:
-        with torch.no_grad():
-            found[batch] = task.probs(model, [papers[i] for i in batch]).float()
+
+    def score(batch):
+        with torch.no_grad(), accelerator.autocast():
+            return task.probs(model, [papers[i] for i in batch]).float()
+
+    threads = torch.get_num_threads() if accelerator.device.type == "cpu" else 1
+    for batch, probs in zip(own, side_by_side(score, own, threads)):
+        found[batch] = probs
         bar.update(len(batch))
     bar.close()
     return found

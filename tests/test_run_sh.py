@@ -74,6 +74,7 @@ def shell(tmp_path):
 def test_every_stage_runs_once_in_its_order(shell):
     done = shell(SEED=7, LLM_4BIT=1, RESUME="False")
     assert done.returncode == 0 and shell.log("scripts") == CHAIN
+    assert "== 1 of 7: python baseline.py" in done.stderr and "== 7 of 7: python blend.py" in done.stderr
     assert "NO DATA YET" in done.stderr and f"PWD={shell.folder}/elsewhere" in shell.log("env")
     seeded = [script for script, line in zip(CHAIN, shell.log("commands")) if "--seed 7" in line]
     assert seeded == [name for name in CHAIN if name not in ("make_llm_data.py", "lora_predict.py")]
