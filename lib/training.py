@@ -47,7 +47,7 @@ LAST = "last.safetensors"
 SHAPING = ("epochs", "batch_size", "lr", "warmup", "weight_decay", "patience", "class_weight")  # shape a model
 CPU_BATCH = 4  # papers scored at a time on a CPU: what its caches hold
 GPU_BATCH = 64  # the same on a GPU, halved until they fit
-POOL = 4  # batches that are drawn together on a GPU, see draw_batches
+POOL = 8  # batches that are drawn together on a GPU, see draw_batches
 MIN_HELD_OUT = 100  # with fewer held-out papers training has no early end
 
 
