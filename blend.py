@@ -265,7 +265,12 @@ def main():
         figures += report.describe_scores("test", test_labels, test_probs[chosen], recall)
     figures.append((f"{guess.mean():.1%}", f"of {len(guess):,} test papers are called medical"))
     metrics = {model.name: model.metrics for model in models}
+    unused = [f"{name} ({m['unused_gpu']})" for name, m in metrics.items() if m.get("unused_gpu")]
+    if unused:
+        findings.append(f"warning: NO GPU WAS USED for {', '.join(unused)}: docs/gpu.md says why")
     report.write(args.out_dir, submitted, figures, findings, tables, metrics, keywords, papers, probs)
+    if unused:
+        log(findings[-1])  # once more, last of all: hours may have passed
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ def load_adapter(name, model, tokenizer, folder, kit):
         raise InputError(f"{folder} was trained with other weights than those of {name}: give the right "
                          "--model, or train it again")  # fmt: skip
     try:
-        return PeftModel.from_pretrained(model, str(folder))
+        return PeftModel.from_pretrained(model, str(folder), torch_device=str(model.device))  # not each on card 0
     except Exception as error:
         raise InputError(f"{folder} can't be loaded ({hub.first_line(error)}): run lora_finetune.py again") from None
 

@@ -5,9 +5,11 @@
 """
 
 import os
+import platform
 import re
 import subprocess
 import sys
+from functools import cache
 
 from lib.cli import InputError, log
 
@@ -16,26 +18,30 @@ import torch
 
 def find_cards():
     """The compute capabilities of the cards that torch can use: [(8, 0), (8, 0)], [] for a CPU. A card that torch can't
-    use and that isn't hidden by CUDA_VISIBLE_DEVICES is named in a loud line.
+    use is named in a loud line.
     """
     if torch.cuda.is_available():
         return [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1")
-    name = None if hidden else name_card()
-    if name:
-        log(f"NO GPU IS USED: there is a {name}, but torch {torch.__version__} can't use it. docs/gpu.md says which "
-            "driver and which build of torch it needs")  # fmt: skip
+    if unused_card():
+        log(f"NO GPU IS USED: torch {torch.__version__} can't use what nvidia-smi lists ({unused_card()}): docs/gpu.md "
+            "says which driver and which build of torch it needs")  # fmt: skip
     return []
 
 
-def name_card():
-    """The first card that nvidia-smi lists: 'Tesla T4'. None without one."""
+@cache
+def unused_card():
+    """The first card that nvidia-smi lists and torch can't use, 'Tesla T4', or what is wrong with nvidia-smi. None
+    without a card, and where CUDA_VISIBLE_DEVICES hides it.
+    """
+    if torch.cuda.is_available() or os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
+        return None
     try:
         done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):  # there is no nvidia-smi, or it hangs
         return None
-    found = re.match(r"GPU \d+: (.+) \(UUID", done.stdout)
-    return found and found[1]
+    said = (done.stdout + done.stderr).strip().partition("\n")[0]
+    found = re.match(r"GPU \d+: (.+) \(UUID", said)
+    return found[1] if found else None if said.startswith("No devices") else said or None
 
 
 def choose_precision(wanted, cards):
@@ -59,7 +65,9 @@ def set_up():
     # cuDNN's attention, which newer cards would take, has known faults with masks in torch 2.13.
     torch.backends.cuda.enable_cudnn_sdp(False)
     torch.set_float32_matmul_precision("high")  # TF32, which holds all of a bf16 or fp16 number
-    if sys.platform == "linux" and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+    wsl = "microsoft" in platform.release().lower()  # its older drivers fail with it: "CUDA driver error"
+    own = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys()
+    if sys.platform == "linux" and not wsl and not own:
         torch._C._accelerator_setAllocatorSettings("expandable_segments:True")  # each batch has another length
 
 

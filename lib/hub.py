@@ -116,7 +116,7 @@ def is_out_of_memory(error):
     """Whether memory ran out, as Python, torch, the driver, cuBLAS, cuDNN or NCCL say it."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    words = ("out of memory", "can't allocate memory", "ALLOC_FAILED", "ALLOCATION_FAILED")
+    words = ("out of memory", "can't allocate memory", "ALLOC_FAILED", "ALLOCATION_FAILED", "NVML_SUCCESS == r")
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 

@@ -19,7 +19,7 @@ def launch(processes, command):
 
     logging.disable(logging.CRITICAL)
     flags = ["--multi_gpu", "--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no"]
-    flags += ["--dynamo_backend", "no", "--main_process_port", "0"]  # 0: a port that is free
+    flags += ["--dynamo_backend", "no", "--gpu_ids", "all", "--main_process_port", "0"]  # 0: a port that is free
     try:
         launch_command(launch_command_parser().parse_args([*flags, *command]))
     except SignalException as stopped:
@@ -31,7 +31,7 @@ def launch(processes, command):
 
 
 def main():
-    gpus = torch.cuda.device_count()
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0  # not those that torch can't use
     command = sys.argv[1:]
     if gpus < 2:
         os.execv(sys.executable, [sys.executable, *command])

@@ -40,7 +40,7 @@ def find_model(name, accelerator, four_bit=False):
     if name != "auto" or accelerator.device.type != "cuda":
         return "embedded" if name == "auto" else name
     free = torch.tensor([torch.cuda.mem_get_info()[0] / 2**30], device=accelerator.device)
-    free = accelerator.gather(free).min().item()
+    free = accelerator.gather(free).min().item() / (2 if accelerator.mixed_precision == "no" else 1)
     name = choose_model(free, four_bit)
     log(f"--model auto: {free:.1f} GiB of GPU memory are free: {name}")
     return name
@@ -249,6 +249,8 @@ class Scorer(torch.nn.Module):
         self.prefix, self.cache = None, None  # what all prompts begin with, once it was looked for
         self.lock = threading.Lock()  # for that
         self.head = head_at(model.get_output_embeddings())
+        # A GPU computes what is padded, too, and hardly notices a longer row. A CPU has small pieces, of like length.
+        self.packs = model.device.type == "cuda" and not self.virtual and keeps_apart(model)
         for layer in model.modules():
             if hasattr(layer, "lora_A"):
                 layer.cast_input_dtype_enabled = False  # autocast, under which all is read, does without
@@ -282,21 +284,35 @@ class Scorer(torch.nn.Module):
         elif self.virtual:
             cache = self.model.get_prompt(len(rows))
         model = self.model.get_base_model() if self.virtual else self.model  # peft's own way would add a mask
-        device, dtype = self.model.device, self.model.dtype
         ids = pad_sequence([torch.tensor(row[skip:]) for row in rows], batch_first=True)
         last = torch.tensor([len(row) - skip for row in rows])[:, None]
-        ids, places = (gpu.to_device(each, device) for each in (ids, (last + torch.arange(-keep, 0)).clamp(min=0)))
         more = {"use_cache": use_cache or cache is not None}
         if cache is not None:
             more["past_key_values"] = cache
+        return self.run(model, ids, (last + torch.arange(-keep, 0)).clamp(min=0), **more)
+
+    def read_packed(self, rows, keep):
+        """The logits of the last `keep` positions of each row, [rows, keep, vocabulary], of rows that are read as one,
+        one after the other: nothing is padded. Positions start again at 0, by which transformers keeps rows apart.
+        """
+        ids = torch.tensor([token for row in rows for token in row])[None]
+        ends = torch.tensor([len(row) for row in rows]).cumsum(0)[:, None]
+        positions = torch.cat([torch.arange(len(row)) for row in rows])[None]
+        more = {"position_ids": gpu.to_device(positions, self.model.device), "use_cache": False}
+        logits = self.run(self.model, ids, (ends + torch.arange(-keep, 0)).reshape(1, -1), **more).logits
+        return logits.view(len(rows), keep, -1)
+
+    def run(self, model, ids, places, **more):
+        """The model's output for token ids (int tensor [rows, length]): logits at `places` (int tensor [rows, few])."""
+        device, dtype = model.device, model.dtype
+        ids, self.head.places = gpu.to_device(ids, device), gpu.to_device(places, device)
         if hasattr(model.config, "vision_config"):  # which tokens are pictures: none
             more["token_type_ids"] = torch.zeros_like(ids)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            self.head.places = places
-            try:
+        try:
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 return model(input_ids=ids, **more)
-            finally:
-                self.head.places = None
+        finally:
+            self.head.places = None
 
     def forward(self, papers):
         """-log P(answer and end token | prompt) of each paper, the training loss: float tensor [papers]."""
@@ -304,7 +320,8 @@ class Scorer(torch.nn.Module):
         keep = max(map(len, wanted))
         targets = torch.tensor([[-100] * (keep - len(want)) + want for want in wanted])
         targets = gpu.to_device(targets, self.model.device)  # before the model has work that this would wait for
-        logits = self.read([paper["input_ids"] + want[:-1] for paper, want in zip(papers, wanted)], keep).logits
+        rows = [paper["input_ids"] + want[:-1] for paper, want in zip(papers, wanted)]
+        logits = self.read_packed(rows, keep) if self.packs else self.read(rows, keep).logits
         losses = torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), targets, reduction="none")
         return losses.sum(1)
 
@@ -321,6 +338,22 @@ class Scorer(torch.nn.Module):
                 logits[before] = self.read(rows, len(rest)).logits.float().log_softmax(-1)
             found.append(sum(logits[before][:, i, token] for i, token in enumerate(rest)))
         return torch.stack(found, dim=1).softmax(1)[:, 1]
+
+
+def keeps_apart(model):
+    """Whether a model reads texts apart that stand in one row, with positions that start again at 0: what the first one
+    says must not change the second. False if it takes no positions.
+    """
+    rows = torch.arange(1, 5).repeat(2, 2).to(model.device)
+    rows[1, :4] += 4
+    positions = torch.arange(4).repeat(2).to(model.device)[None]
+    try:
+        with torch.no_grad():
+            found = [model(input_ids=row[None], position_ids=positions, use_cache=False).logits for row in rows]
+    except (TypeError, ValueError):
+        return False
+    first, second = (logits[0, 4:].float() for logits in found)
+    return bool((first - second).abs().max() < 1e-3 * first.std())
 
 
 def head_at(head):

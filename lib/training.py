@@ -47,6 +47,7 @@ LAST = "last.safetensors"
 SHAPING = ("epochs", "batch_size", "lr", "warmup", "weight_decay", "patience", "class_weight")  # shape a model
 CPU_BATCH = 4  # papers scored at a time on a CPU: what its caches hold
 GPU_BATCH = 64  # the same on a GPU, halved until they fit
+POOL = 8  # batches that are drawn together on a GPU, see draw_batches
 MIN_HELD_OUT = 100  # with fewer held-out papers training has no early end
 
 
@@ -77,7 +78,9 @@ def add_precision_flag(add):
 
 
 def make_accelerator(precision="auto"):
-    """An Accelerator in the precision that suits the cards: fp16 is with scaled gradients; fp32 without CUDA."""
+    """An Accelerator in the precision that suits the cards: fp16 is with scaled gradients; fp32 without CUDA, where the
+    device is the CPU: others, as a Mac's, were never tried.
+    """
     cards = gpu.find_cards()
     if cards:
         gpu.set_up()
@@ -85,10 +88,11 @@ def make_accelerator(precision="auto"):
     if not launched:  # what a cluster left: accelerate would wait for other processes
         for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             os.environ.pop(name, None)
+        for name in ("NCCL_P2P_DISABLE", "NCCL_IB_DISABLE"):  # accelerate asks for them on some cards
+            os.environ.setdefault(name, "1")
     precision = gpu.choose_precision(precision, cards).replace("fp32", "no")
     wait = InitProcessGroupKwargs(timeout=timedelta(hours=12))  # for a process that has more to do
-    # Without cpu=True accelerate takes each of several processes on a CPU for the only one.
-    return Accelerator(mixed_precision=precision, cpu=launched and not cards, kwargs_handlers=[wait])
+    return Accelerator(mixed_precision=precision, cpu=not cards, kwargs_handlers=[wait])
 
 
 def describe(accelerator):
@@ -102,7 +106,8 @@ def environment(accelerator):
     """results.environment for this device: on a GPU, the most of its memory that torch has held, in MiB."""
     cuda = accelerator.device.type == "cuda"
     peak = round(torch.cuda.max_memory_reserved() / 2**20, 1) if cuda else None
-    return results.environment(describe(accelerator), peak)
+    unused = {"unused_gpu": gpu.unused_card()} if gpu.unused_card() else {}
+    return results.environment(describe(accelerator), peak) | unused
 
 
 @contextmanager
@@ -124,13 +129,20 @@ def explain(go_on):
 # ---- batches and rate ------------------------------------------------------------------------------------------------
 
 
-def draw_batches(lengths, size, seed):
-    """Split papers at random into batches of `size`, in each the shortest first: pieces of it need little padding. A
-    list of int arrays, drawn from the seed alone.
+def draw_batches(lengths, size, seed, pool=1):
+    """Split papers at random into batches of `size`, in each the shortest first: pieces of it need little padding. With
+    `pool` above 1 so many batches are drawn at once and share their papers by length. A list of int arrays, drawn from
+    the seed alone.
     """
-    order, lengths = np.random.default_rng(seed).permutation(len(lengths)), np.asarray(lengths)
-    batches = [order[i : i + size] for i in range(0, len(order), size)]
-    return [batch[np.argsort(lengths[batch], kind="stable")] for batch in batches]
+    random, lengths, batches = np.random.default_rng(seed), np.asarray(lengths), []
+    order = random.permutation(len(lengths))
+    for start in range(0, len(order), pool * size):
+        drawn = order[start : start + pool * size]
+        drawn = drawn[np.argsort(lengths[drawn], kind="stable")]
+        batches += [drawn[i : i + size] for i in range(0, len(drawn), size)]
+    if pool > 1:
+        random.shuffle(batches)
+    return batches
 
 
 def length_batches(lengths, size):
@@ -341,7 +353,9 @@ class Run:
 
     def batches(self, epoch):
         lengths = [len(paper["input_ids"]) for paper in self.train]
-        return draw_batches(lengths, self.args.batch_size, (self.args.seed, epoch))
+        # On a GPU a batch is one piece. What is packed has no padding.
+        pool = POOL if self.accelerator.device.type == "cuda" and not getattr(self.model, "packs", False) else 1
+        return draw_batches(lengths, self.args.batch_size, (self.args.seed, epoch), pool)
 
     @property
     def trained(self):
@@ -374,7 +388,8 @@ def fit(accelerator, model, task, train, held_out, folder, args, settings, shape
     weights = loss_weights([paper["label"] for paper in train], args.class_weight)
     more = accelerator.prepare(optimizer), count_threads(args, model, accelerator.device)
     run = Run(accelerator, model, task, train, held_out, folder, args, shape, optimizer, weights, state, *more)
-    if state["scaler"] and accelerator.scaler:
+    fresh = accelerator.scaler.state_dict() if accelerator.scaler else None
+    if fresh and state["scaler"]:
         accelerator.scaler.load_state_dict(state["scaler"])
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     steps = args.epochs * len(run.batches(1))
@@ -390,6 +405,8 @@ def fit(accelerator, model, task, train, held_out, folder, args, settings, shape
     while not state["finished"]:
         train_epoch(run)
         score_epoch(run)
+    if fresh:
+        accelerator.scaler.load_state_dict(fresh)  # another fold or seed may follow
     accelerator.wait_for_everyone()
     return {key: state[key] for key in ("history", "seconds", "papers")}
 
@@ -582,7 +599,8 @@ def predict(accelerator, model, papers, task, batch_size=None):
     """P(label = 1) of every paper, in their order: float array [papers]. Each paper is scored once, by one process.
     If memory runs out the batch is halved. Raises InputError if a probability is NaN.
     """
-    size = batch_size or (GPU_BATCH if accelerator.device.type == "cuda" else CPU_BATCH)
+    default = GPU_BATCH if accelerator.device.type == "cuda" else CPU_BATCH
+    size = batch_size or getattr(task, "fits", default)
     lengths = [len(paper["input_ids"]) for paper in papers]
     found = None
     while found is None:
@@ -594,7 +612,7 @@ def predict(accelerator, model, papers, task, batch_size=None):
         if found is None:  # what the error held is free now
             torch.cuda.empty_cache()
             log(f"out of memory with {size} papers at a time, going on with {(size + 1) // 2}")
-            size = (size + 1) // 2
+            task.fits = size = (size + 1) // 2  # also at the next look
     probs = accelerator.reduce(found).cpu().numpy()
     if not np.isfinite(probs).all():
         raise InputError(f"P(label) is NaN for {(~np.isfinite(probs)).sum()} of {len(papers)} papers: the numbers "

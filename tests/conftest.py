@@ -31,6 +31,12 @@ CHAT = (
 )
 
 
+def pytest_configure(config):
+    """Cards are hidden: what is tested is the same on any computer. pytest -m gpu is for those who have one."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def start(script, folder, *flags, launcher=()):
     """Start a script as a process of its own, with `folder` for its output. Returns the Popen; stderr is a pipe."""
     command = [sys.executable, *launcher, KIT / script, "--out-dir", folder, *flags]

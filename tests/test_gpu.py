@@ -2,13 +2,14 @@
 
 import gc
 import json
+import sys
 from argparse import Namespace
 from importlib.util import find_spec
 
 import bert_finetune
 import lora_finetune
 import test_training as loop
-from lib import gpu, llm, training
+from lib import build, gpu, launch, llm, training
 from lib.cli import InputError
 from lib.items import build_items
 
@@ -40,24 +41,81 @@ def test_precision(capsys, wanted, cards, precision, warned):
         gpu.choose_precision("fp16", [])
 
 
+FAILED = "Failed to initialize NVML: Unknown Error"
 T4 = "GPU 0: Tesla T4 (UUID: GPU-5a8f)\nGPU 1: Tesla T4 (UUID: GPU-77b1)"
 
 
 @pytest.mark.parametrize(
     ("visible", "listed", "loud"),
-    [("0", T4, True), ("", T4, False), ("-1", T4, False), ("0", "No devices were found", False)],
+    [
+        ("0", T4, "Tesla T4"),
+        ("0", FAILED, FAILED),
+        ("", T4, None),
+        ("-1", T4, None),
+        ("0", "No devices were found", None),
+    ],
 )
 def test_a_card_that_torch_does_not_find(tmp_path, monkeypatch, capsys, visible, listed, loud):
-    """With an nvidia-smi in the PATH, and without a card for torch."""
+    """With an nvidia-smi in the PATH, and without a card for torch. What is said goes into metrics.json, too."""
     tool = tmp_path / "nvidia-smi"
     tool.write_text(f"#!/bin/sh\ncat <<'END'\n{listed}\nEND\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    gpu.unused_card.cache_clear()
     assert gpu.find_cards() == []
-    said = capsys.readouterr().err.splitlines()
-    assert [line.partition(",")[0] for line in said] == ["NO GPU IS USED: there is a Tesla T4"] * loud
+    said = capsys.readouterr().err
+    assert ("NO GPU IS USED: torch" in said and f"nvidia-smi lists ({loud})" in said) if loud else not said
+    assert training.environment(training.make_accelerator()).get("unused_gpu") == loud
+    gpu.unused_card.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("listed", "name"),
+    [
+        ("525.60.13, 8.6", "cu126"),  # RTX 3090
+        ("550.54.15, 8.6", "cu126"),
+        ("570.148, 8.6", "cu126"),
+        ("580.82.07, 8.6", ""),
+        ("575.57.08, 12.0", "cu129"),  # RTX 5090
+        ("580.82.07, 12.0", ""),
+        ("580.82.07, 7.5", ""),  # T4
+        ("535.104.05, 7.0", "cu126"),  # V100
+        ("580.82.07, 7.0", "cu126"),
+        ("580.82.07, 6.0", "cu126"),  # P100
+        ("550.54.15, 8.6\n550.54.15, 6.1", "cu126"),
+        ("580.82.07, 12.0\n580.82.07, 6.1", ""),  # no build has both
+        ("470.1, 8.6", ""),
+        ("", ""),
+        ("NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.", ""),
+    ],
+)
+def test_the_build_of_torch_that_a_driver_can_run(listed, name):
+    assert build.choose_build(listed) == name
+
+
+@pytest.mark.parametrize(("release", "segments"), [("6.6.87-microsoft-standard-WSL2", False), ("6.8.0-1", True)])
+def test_no_expandable_segments_under_wsl(monkeypatch, release, segments):
+    asked = []
+    monkeypatch.setattr(gpu.platform, "release", lambda: release)
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", asked.append)
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda on: None)
+    before = torch.get_float32_matmul_precision()
+    gpu.set_up()
+    torch.set_float32_matmul_precision(before)
+    assert asked == ["expandable_segments:True"] * segments
+
+
+def test_cards_that_torch_can_not_use_start_no_processes(monkeypatch):
+    """NVML lists two, the driver is too old."""
+    started = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(launch.os, "execv", lambda *command: started.append(command[1][1:]) or sys.exit(0))
+    monkeypatch.setattr(sys, "argv", ["launch.py", "x.py", "--seed", "1"])
+    with pytest.raises(SystemExit):
+        launch.main()
+    assert started == [["x.py", "--seed", "1"]]
 
 
 @pytest.mark.parametrize(
@@ -91,12 +149,16 @@ def test_checkpointing_where_it_is_needed(monkeypatch, free, papers, layers, wid
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free * 2**30, None))
     config = LlamaConfig(num_hidden_layers=layers, hidden_size=width)
     args = Namespace(batch_size=2 * papers, accumulate=2, cpu_piece=2, max_length=512)
-    model = Namespace(device=torch.device("cuda"), config=config)
+    model = Namespace(device=torch.device("cuda"), config=config, dtype=torch.bfloat16)
     assert lora_finetune.needs_checkpointing(model, args) == needed
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2 * free * 2**30, None))
+    model.dtype = torch.float32
+    assert lora_finetune.needs_checkpointing(model, args) == needed, "of twice the bytes"
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("place", [llm, bert_finetune])
-def test_a_fold_frees_its_model(kit, monkeypatch, tiny_llm, tiny_bert, place):
+def test_a_fold_frees_its_model(kit, monkeypatch, tiny_llm, tiny_bert, place, precision):
     """When the next one is loaded, nothing of it is left, also without Python's own search for garbage."""
     command, name = ["lora_finetune.py", "--model", tiny_llm, "--max-length", 200], "load_llm"
     if place is bert_finetune:
@@ -110,7 +172,7 @@ def test_a_fold_frees_its_model(kit, monkeypatch, tiny_llm, tiny_bert, place):
     monkeypatch.setattr(place, name, counting)
     kit("make_llm_data.py", "--fields", "title", "--limit", 24)
     gc.disable()
-    done = kit(*command, "--folds", 2, "--epochs", 1)
+    done = kit(*command, "--folds", 2, "--epochs", 1, "--precision", precision)
     gc.enable()
     assert done.returncode == 0, done.stderr
     assert len(alive) >= 2 and not any(alive)
@@ -148,6 +210,13 @@ def test_resumed_is_uninterrupted(tmp_path, half):
     assert state["epoch"] == 1 and (half == "bf16" or state["scaler"]["scale"] < 2**27)
     _, resumed, _ = loop.fit(tmp_path / "cut", save_minutes=0, resume=True)
     assert loop.equal(whole, resumed, atol=0)
+
+
+def test_the_next_fold_starts_with_a_fresh_scale(tmp_path, half, monkeypatch):
+    accelerator = training.make_accelerator("fp16")
+    monkeypatch.setattr(training, "make_accelerator", lambda precision: accelerator)
+    loop.fit(tmp_path)
+    assert accelerator.scaler.get_scale() == 2**27
 
 
 def try_each_epoch(monkeypatch):

@@ -29,6 +29,7 @@ EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 
 KINDS = {
     "llama": ({}, True),
     "qwen3": ({}, True),
+    "glm": ({"pad_token_id": 0}, True),
     "gpt2": ({"n_embd": 32, "n_layer": 2, "n_head": 4}, True),
     "mistral": ({"sliding_window": 16}, False),
     "gemma2": ({"sliding_window": 16}, False),
@@ -107,6 +108,41 @@ def test_the_same_answer_in_any_batch(decoder):
                 found = torch.cat([scorer.probs([papers[i] for i in rows]) for rows in order.split(size)])
                 assert torch.allclose(found, alone[order], rtol=0, atol=1e-4)
     scorer.eval()
+
+
+def compare_packed(scorer, papers):
+    """Assert that rows in one row have the losses of padded rows, and the gradients, of all that is trained."""
+    weights = [weight for weight in scorer.parameters() if weight.requires_grad]
+    found = []
+    for scorer.packs in (False, True):
+        losses = scorer(papers)
+        gradients = torch.autograd.grad(losses.sum(), weights, allow_unused=True)
+        found.append((losses, torch.cat([each.flatten() for each in gradients if each is not None])))
+    (losses, gradients), (packed, packed_gradients) = found
+    assert torch.allclose(losses, packed, rtol=1e-5, atol=1e-5) and losses.std() > 0.01
+    assert (gradients - packed_gradients).norm() < 1e-5 * gradients.norm()
+
+
+def test_packed_rows_have_the_losses_and_gradients_of_padded_ones(decoder):
+    """Where attention is all that reads: other models are not packed."""
+    scorer, papers, _ = decoder
+    packs, scorer.packs = llm.keeps_apart(scorer.model), False
+    assert packs == (scorer.model.config.model_type not in ("qwen3_next", "lfm2", "mamba"))
+    if packs:
+        compare_packed(scorer, papers)
+    scorer.packs = False
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_packed_with_an_adapter_and_checkpointing(tiny_llm, items, checkpointing):
+    model, tokenizer = load(tiny_llm)
+    args = argparse.Namespace(method="lora", target_modules=None, rank=4, alpha=8, dropout=0.0)
+    args.gradient_checkpointing = checkpointing
+    scorer = llm.Scorer(lora_finetune.add_adapter(model, args, 1), tokenizer).train()
+    for name, weight in scorer.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.05)
+    compare_packed(scorer, llm.encode_items(tokenizer, items, 400))
 
 
 @pytest.mark.parametrize("answers", [([7, 8, 9], [7, 9, 8]), ([7], [7, 9]), ([5, 6], [7])])

@@ -22,6 +22,7 @@ case "$*" in
 "-c "*) version="3 11 /usr" && [ "${version#3 9}" = "$version" ] && echo "$version"; exit ;;
 "-m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python"; exit ${VENV_CODE:-0} ;;
 "-m pip "*) echo "$*" >>"$LOG/pip" ;;
+*build.py) echo "${BUILD:-}" ;;
 *.py*) basename "$1" >>"$LOG/scripts"; echo "$*" >>"$LOG/commands"; env >"$LOG/env" ;;
 esac
 name=$(basename -- "$1")
@@ -134,6 +135,13 @@ def test_ctrl_c_stops_at_once_and_prints_how_to_go_on(shell, moment, left):
 
 
 # ---- .venv -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_build_of_torch_is_chosen_before_it_is_installed(shell):
+    flag = "--extra-index-url https://download.pytorch.org/whl/cu126"
+    assert shell("setup", BUILD=flag).returncode == 0
+    torch, models = shell.log("pip")
+    assert f"{flag} -r " in torch and torch.endswith("/requirements.txt") and flag not in models
 
 
 def test_nothing_is_installed_twice(shell):

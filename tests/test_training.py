@@ -23,6 +23,10 @@ def test_batches_hold_each_paper_once(count, size):
         assert max(map(len, batches)) <= size and len(batches) == -(-count // size)
     assert sorted(lengths, reverse=True) == lengths[np.concatenate(alike)].tolist(), "the longest first, with its like"
     assert all((np.diff(lengths[batch]) >= 0).all() for batch in drawn), "pieces of a batch are of like length"
+    pooled = training.draw_batches(lengths, size, (42, 1), pool=4)
+    assert sorted(np.concatenate(pooled)) == list(range(count)) and len(pooled) == len(drawn)
+    padded, all_padded = (sum(len(b) * lengths[b].max() for b in batches) for batches in (pooled, drawn))
+    assert padded <= all_padded and (count < 1000 or padded < 1.35 * lengths.sum() < all_padded)
 
 
 def test_the_order_of_batches_depends_on_seed_and_epoch_alone():
@@ -320,6 +324,7 @@ def limited(function, most):
         (torch.OutOfMemoryError("x"), "out of memory: try a higher --accumulate .* --max-length or --model"),
         (MemoryError(), "out of memory"),
         (RuntimeError("can't allocate memory"), "out of memory"),
+        (RuntimeError("NVML_SUCCESS == r INTERNAL ASSERT FAILED at CUDACachingAllocator.cpp"), "out of memory"),
         (RuntimeError("Connection reset by peer"), "another process of this run died; go on"),
     ],
 )
@@ -344,7 +349,8 @@ def test_the_advice_about_memory_helps(tmp_path):
     fit(tmp_path, task, accumulate=4)
 
 
-def test_prediction_halves_its_batch_and_keeps_the_order():
+def test_prediction_halves_its_batch_and_keeps_the_order(monkeypatch):
+    batches = training.length_batches
     model, papers, accelerator, sizes = Words(), make_papers(37), training.make_accelerator("fp32"), []
 
     def counted(model, papers):
@@ -357,5 +363,11 @@ def test_prediction_halves_its_batch_and_keeps_the_order():
     sizes.clear()
     halved = training.predict(accelerator, model, papers, make_task(probs=limited(counted, 3)), 16)
     assert np.allclose(halved, want, atol=1e-6) and max(sizes) <= 3 and sum(sizes) == 37
+    task, tried = make_task(probs=limited(probs, 3)), []
+    monkeypatch.setattr(training, "CPU_BATCH", 16)
+    monkeypatch.setattr(training, "length_batches", lambda lengths, size: tried.append(size) or batches(lengths, size))
+    for _ in range(2):
+        training.predict(accelerator, model, papers, task)
+    assert tried == [16, 8, 4, 2, 2], "what fits is remembered"
     with pytest.raises(torch.OutOfMemoryError):
         training.predict(accelerator, model, papers, make_task(probs=limited(probs, 0)), 16)
