@@ -1,3 +1,5 @@
+import json
+import os
 import subprocess
 import sys
 from argparse import Namespace
@@ -111,3 +113,40 @@ def test_a_group_runs_on_a_handful_of_papers(tmp_path, name):
     text = Path(tmp_path / "b.md").read_text()
     for row in run.GROUPS[name].rows:
         assert f"| {row.name} |" in text or f"{row.name}: ModuleNotFoundError: No module named" in text
+
+
+# ---- gpu.py, on a CPU ------------------------------------------------------------------------------------------------
+
+
+def check_gpu(folder, *names):
+    """Run sections of gpu.py. Nothing may be wrong; returns the rows."""
+    command = [sys.executable, KIT / "benchmarks" / "gpu.py", "--out-dir", folder, "--only", *names]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    rows = json.loads((folder / "gpu.json").read_text())
+    assert done.returncode == 0 and all(row["ok"] is not False for row in rows), done.stderr
+    assert {row["section"] for row in rows} == set(names)
+    table = done.stdout.splitlines()
+    assert table[0] == "| section | what | found | right |" and len(table) == 2 + len(rows)
+    return rows
+
+
+def test_the_check_of_a_card_proves_itself_on_a_cpu(tmp_path):
+    rows = check_gpu(tmp_path, "machine", "correctness", "scaler")
+    assert sum(row["ok"] is True for row in rows) == 3 + 3 * 6 + 3, "BERT, three decoders, the scaler"
+
+
+@pytest.mark.slow
+def test_every_section_of_the_check_of_a_card(tmp_path):
+    rows = check_gpu(tmp_path, "machine", "correctness", "scripts", "scaler", "llm", "bert", "4bit")
+    assert rows[-1]["value"] == "skipped: needs a card"
+
+
+def test_a_fault_ends_one_section_and_is_told(tmp_path):
+    """Here, of torch that can't be imported."""
+    (tmp_path / "torch.py").write_text("raise ImportError('no such library')")
+    command = [sys.executable, KIT / "benchmarks" / "gpu.py", "--out-dir", tmp_path, "--only", "scaler", "machine"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    rows = json.loads((tmp_path / "gpu.json").read_text())
+    assert done.returncode == 1 and [row["section"] for row in rows] == ["scaler", "machine"]
+    assert all(row["what"] == "fault" and row["value"] == "ImportError: no such library" for row in rows)
+    assert done.stdout.count("| NO |") == 2
