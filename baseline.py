@@ -4,9 +4,10 @@
     python baseline.py --model all                table: logistic regression, naive Bayes, linear SVM, random forest
     python baseline.py --tune                     grid search before that
     python baseline.py --fields title abstract    without the authors
+    python baseline.py --fields title abstract --pu    the same, where test is about other things than train: lib/pu.py
 
 In: train.csv, test.csv. Out, under outputs/baseline/: valid.csv (out-of-fold probabilities of every training paper),
-test.csv, metrics.json, submit_task1.csv.
+test.csv, metrics.json, submit_task1.csv. With --pu under outputs/pu/.
 
 It counts words and word pairs of all fields but the author's, and the characters of the author field as it is written
 ('Ann Lee,Bo Chen' or 'Lee, Ann; Chen, Bo'): how a database writes authors can give the label away. Where that doesn't
@@ -20,12 +21,14 @@ from dataclasses import dataclass
 from itertools import product
 
 import common
-from lib import cli, files, results
+from lib import cli, files, pu, results
 from lib.cli import InputError, bounded, log, positive_int
 from lib.results import scores
 
 import numpy as np
+import pandas as pd
 from scipy.sparse import hstack
+from scipy.special import logit
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.feature_extraction.text import CountVectorizer, TfidfTransformer
@@ -277,7 +280,11 @@ def parse_args():
     add("--max-features", type=positive_int, metavar="N", help="only the N n-grams in most papers, default all")
     add("--folds", type=bounded(int, 2, 1000), default=5, metavar="K", help="default %(default)s")
     add("--tune", action="store_true", help="grid search over regularisation and author weight")
-    return parser.parse_args()
+    add("--pu", action="store_true", help="learn from the test papers what one class of train is not")
+    args = parser.parse_args()
+    if args.pu and (args.tune or args.model != "lr"):
+        raise InputError("--pu is a logistic regression of its own: leave --model and --tune out")
+    return args
 
 
 def compare_and_predict(args, folder):
@@ -314,11 +321,43 @@ def compare_and_predict(args, folder):
         print(f"the predictions written are those of: {best.name} (by F1, of equals by log-loss)")
 
 
+def learn_from_test(args, folder):
+    """--pu: rate all papers as lib/pu.py does, and write the folder's files."""
+    started = time.perf_counter()
+    train, test, fields = common.load_papers(args)
+    different = len(set(common.find_copies(test)))
+    if different < pu.LEAST_TEST:
+        raise InputError(f"--pu learns from the test papers: it needs {pu.LEAST_TEST} of them, there are {different}")
+    papers = pd.concat([train, test], ignore_index=True)
+    _, counts = count_ngrams(papers, fields, args.ngrams)
+    settings = {"features": args.features, "model": "lr", "author_weight": AUTHOR_WEIGHT if len(counts) > 1 else 1,
+                "max_features": args.max_features, "seed": args.seed}  # fmt: skip
+
+    def rate(rows, labels, others, strength):
+        chosen = {block: matrix[rows] for block, matrix in counts.items()}
+        model = Model(chosen, labels, {**settings, "strength": strength})
+        return logit(model.predict({block: matrix[others] for block, matrix in counts.items()}))
+
+    probs, found = pu.label_papers(papers, len(train), rate, args.folds, args.seed)
+    held_out, test_probs = probs[: len(train)], probs[len(train) :]
+    right = scores(train["label"], held_out)
+    metrics = {
+        "scores": right,
+        "fields": fields,
+        "settings": {**settings, "strength": pu.STRENGTHS, "ngrams": args.ngrams, "folds": args.folds},
+        "learned_from_test": found,  # by this blend.py knows that it can't be compared with others
+        "seconds": round(time.perf_counter() - started, 2),
+        **results.environment(),
+    }
+    table = [("pu", right, f"{len(train)} out of fold, {' '.join(fields)}, {pu.NOT_COMPARABLE}")]
+    results.finish(folder, args, metrics, train, test, test_probs, train, held_out, table)
+
+
 def main():
     args = parse_args()
-    folder = args.out_dir / "baseline"
+    folder = args.out_dir / ("pu" if args.pu else "baseline")
     with files.locked(folder):
-        compare_and_predict(args, folder)
+        (learn_from_test if args.pu else compare_and_predict)(args, folder)
 
 
 if __name__ == "__main__":

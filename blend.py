@@ -8,8 +8,9 @@ In: train.csv, test.csv, test_labels.csv if it is there, and every folder output
 label, prob of the papers that the model held out; prob is P(label = 1)) and test.csv (uuid, prob). A model of your own
 needs no more. Out: the submission and the report, from these files alone: nothing is trained.
 
-The models are compared on the papers that all of them held out; one that shares too few of them is left out of that.
-The plainest is submitted unless another, or a blend, has an F1 that is higher by more than the standard error of the
+The models are compared on the papers that all of them held out; one that shares too few of them is left out of that,
+and so is that of baseline.py --pu: it is submitted where train and test differ and no authors tell the label. Else the
+plainest is submitted unless another, or a blend, has an F1 that is higher by more than the standard error of the
 difference. A blend is judged on papers that its weights were not chosen on: they are chosen on one half and scored on
 the other, both ways.
 """
@@ -18,7 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 import common
-from lib import cli, files, report, results
+from lib import cli, files, pu, report, results
 from lib.cli import InputError, few, log
 from lib.results import scores
 
@@ -41,6 +42,11 @@ class Model:
     valid: pd.DataFrame  # label, and prob = P(label = 1), of the papers it held out, by uuid
     test_probs: np.ndarray  # P(label = 1) of the test papers, in the order of the test file
     metrics: dict  # its metrics.json; {} for a model of the user's own
+
+    @property
+    def learned_from_test(self):
+        """Whether it is of baseline.py --pu: made for the topics of the test papers, not to be judged on train."""
+        return "learned_from_test" in self.metrics
 
 
 def refuse(path, uuids, fault):
@@ -203,6 +209,33 @@ def choose(labels, probs):
     return name, f"F1 {gain:+.4f} against {rival}, standard error {error:.4f}{tie}"
 
 
+def authors_tell(models):
+    """Whether a model reads authors that give the label away, or may: then its scores should hold for test papers of
+    other topics, too. A model of the user's own doesn't say what it reads.
+    """
+    if not any("author" in model.metrics.get("fields", ["author"]) for model in models):
+        return False
+    rules = [values for model in models for name, values, _ in model.metrics.get("table", []) if name == "author rule"]
+    return not rules or rules[0]["accuracy"] >= 0.9
+
+
+def choose_for_test(chosen, models, differ, test):
+    """Whether the model of baseline.py --pu is submitted in place of `chosen`, the best by held-out scores: where train
+    and test `differ` and no authors tell the label. Returns its name or `chosen`, and a sentence, "" if all is usual.
+    """
+    learned = [model for model in models if model.learned_from_test]
+    needed = differ and not authors_tell([model for model in models if not model.learned_from_test])
+    if needed and learned and learned[0].metrics["learned_from_test"]["better"]:
+        return learned[0].name, "train and test differ and no authors tell the label, so held-out scores say little"
+    if learned:
+        return chosen, (f"{learned[0].name} is {pu.NOT_COMPARABLE}; it is submitted only where train and test differ, "
+                        "no authors tell the label, and it should do better than the others.")
+    if needed and len(test) >= pu.LEAST_TEST:
+        return chosen, ("warning: no model reads authors that tell the label: run baseline.py --pu, which learns from "
+                        "the test papers, then blend.py again.")
+    return chosen, ""
+
+
 # ---- the script ------------------------------------------------------------------------------------------------------
 
 
@@ -237,17 +270,22 @@ def main():
     train, test, fields = common.load_papers(args)
     record = results.paper_record(train, test, held_out=0)
     models = read_models(args.out_dir, train, test, record)
-    compared, papers = comparable(train, models)
+    compared, papers = comparable(train, [model for model in models if not model.learned_from_test] or models)
     labels, test_labels = papers["label"].to_numpy(), results.read_labels(args.test, test)
     probs = {model.name: model.valid["prob"].loc[papers["uuid"]].to_numpy() for model in compared}
     test_probs = {model.name: model.test_probs for model in compared}
     mixture = add_blend(papers, probs, test_probs, args.seed)
     chosen, reason = choose(labels, probs)
+    texts = compare_texts(train, test, fields, args.seed)
+    test_probs |= {model.name: model.test_probs for model in models if model.learned_from_test}
+    best, (chosen, advice) = chosen, choose_for_test(chosen, models, texts.startswith("warning"), test)
+    if chosen != best:
+        reason, advice = advice, ""
     submitted = f"{mixture if chosen == 'blend' else f'100% {chosen}'}: {reason}"
     guess = test_probs[chosen] >= 0.5
-    findings = [compare_texts(train, test, fields, args.seed), results.warn_one_class(guess, train["label"])]
+    findings = [texts, advice, results.warn_one_class(guess, train["label"])]
 
-    print(findings[0])
+    print("\n".join(filter(None, findings[:2])))
     print(f"blend: {submitted}")
     if not args.report_only:
         results.write_submission(args.submit, test, guess, args.out_dir, args.keywords)
@@ -260,7 +298,7 @@ def main():
     if keywords and keywords["papers"].get("test_fingerprint") != record["test_fingerprint"]:
         keywords = {}  # of other test papers
     recall = None if "Keywords" in test else keywords.get("scores", {}).get(f"{args.keywords}_recall")
-    figures = report.describe_scores("held-out", labels, probs[chosen], recall)
+    figures = report.describe_scores("held-out", labels, probs[chosen], recall) if chosen in probs else []
     if test_labels is not None:
         figures += report.describe_scores("test", test_labels, test_probs[chosen], recall)
     figures.append((f"{guess.mean():.1%}", f"of {len(guess):,} test papers are called medical"))

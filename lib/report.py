@@ -4,7 +4,7 @@ inputs give the same bytes. lib/report.html is its template.
 
 from pathlib import Path
 
-from lib import files, plots, results
+from lib import files, plots, pu, results
 from lib.cli import few, log
 
 import jinja2
@@ -49,11 +49,11 @@ def describe_trust(findings, metrics, papers, probs):
     sentences = [finding for finding in findings if finding]
     sentences.append(f"{len(papers):,} papers were held out by all models that are compared: one more or less right is "
                      f"{1 / len(papers):.4f} of accuracy.")
-    left_out = [name for name in metrics if name not in probs]
+    left_out = [name for name, m in metrics.items() if name not in probs and "learned_from_test" not in m]
     if left_out:
         sentences.append(f"Not compared, since they share too few held-out papers with the others: {few(left_out)}.")
     if len(probs) > 1:
-        sentences.append("What is submitted was chosen on these very papers: its scores there are a little too good.")
+        sentences.append("The best model was chosen on these very papers: its scores there are a little too good.")
     table = metrics.get("baseline", {}).get("table", [])
     accuracy = {name: values["accuracy"] for name, values, _ in table}
     if accuracy.get("author rule", 0) >= 0.9:
@@ -81,15 +81,16 @@ def make_tables(models, labels, probs, test_labels, test_probs, mixture):
     None; `mixture`: what the blend consists of.
     """
     fields = {model.name: " ".join(model.metrics.get("fields", ["own model"])) for model in models}
-    blended = {**fields, "blend": "weights chosen on the other half"}
-    tables = {"Held-out papers": score_models(labels, probs, "held out", blended)}
+    notes = {model.name: f"{fields[model.name]}, {pu.NOT_COMPARABLE}" for model in models if model.learned_from_test}
+    notes = {**fields, "blend": "weights chosen on the other half", **notes}
+    tables = {"Held-out papers": score_models(labels, probs, "held out", notes)}
     if test_labels is not None:
         tables["Test papers"] = score_models(test_labels, test_probs, "test papers", {**fields, "blend": mixture})
     more = []
     for model in models:
         valid = model.valid
         if model.name not in probs or len(valid) > len(labels):
-            more += score_models(valid["label"], {model.name: valid["prob"]}, "held out", fields)
+            more += score_models(valid["label"], {model.name: valid["prob"]}, "held out", notes)
         more += model.metrics.get("table", [])  # what the baseline compares itself with
     if more:
         tables["For comparison, each model on all papers it held out"] = more

@@ -39,7 +39,7 @@ def scores(labels, probs):
 def score_table(rows):
     """A table as text. `rows`: a list of (model, scores, note)."""
     names, values, notes = zip(*rows)
-    frame = pd.DataFrame(values, index=names, columns=METRICS, dtype=float)
+    frame = pd.DataFrame(values, index=[name.ljust(5) for name in names], columns=METRICS, dtype=float)
     lines = frame.to_string(float_format="{:.4f}".format, na_rep="–").splitlines()
     lines = ["model" + lines[0][5:], *lines[1:]]
     return "\n".join([f"{line}  {note}" for line, note in zip(lines, ["papers, fields", *notes])])
