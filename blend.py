@@ -219,21 +219,21 @@ def authors_tell(models):
     return not rules or rules[0]["accuracy"] >= 0.9
 
 
-def choose_for_test(chosen, models, differ, test):
-    """Whether the model of baseline.py --pu is submitted in place of `chosen`, the best by held-out scores: where train
-    and test `differ` and no authors tell the label. Returns its name or `chosen`, and a sentence, "" if all is usual.
+def choose_for_test(models, differ, test):
+    """The model of baseline.py --pu, if it is to be submitted in place of the best by held-out scores: where train and
+    test `differ` and no authors tell the label. Returns (its name or None, why: a sentence, "" if all is usual).
     """
     learned = [model for model in models if model.learned_from_test]
     needed = differ and not authors_tell([model for model in models if not model.learned_from_test])
     if needed and learned and learned[0].metrics["learned_from_test"]["better"]:
         return learned[0].name, "train and test differ and no authors tell the label, so held-out scores say little"
     if learned:
-        return chosen, (f"{learned[0].name} is {pu.NOT_COMPARABLE}; it is submitted only where train and test differ, "
-                        "no authors tell the label, and it should do better than the others.")
+        return None, (f"{learned[0].name} is {pu.NOT_COMPARABLE}; it is submitted only where train and test differ, "
+                      "no authors tell the label, and it should do better than the others.")
     if needed and len(test) >= pu.LEAST_TEST:
-        return chosen, ("warning: no model reads authors that tell the label: run baseline.py --pu, which learns from "
-                        "the test papers, then blend.py again.")
-    return chosen, ""
+        return None, ("warning: no model reads authors that tell the label: run baseline.py --pu, which learns from "
+                      "the test papers, then blend.py again.")
+    return None, ""
 
 
 # ---- the script ------------------------------------------------------------------------------------------------------
@@ -278,9 +278,9 @@ def main():
     chosen, reason = choose(labels, probs)
     texts = compare_texts(train, test, fields, args.seed)
     test_probs |= {model.name: model.test_probs for model in models if model.learned_from_test}
-    best, (chosen, advice) = chosen, choose_for_test(chosen, models, texts.startswith("warning"), test)
-    if chosen != best:
-        reason, advice = advice, ""
+    learned, advice = choose_for_test(models, texts.startswith("warning"), test)
+    if learned:
+        chosen, reason, advice = learned, advice, ""
     submitted = f"{mixture if chosen == 'blend' else f'100% {chosen}'}: {reason}"
     guess = test_probs[chosen] >= 0.5
     findings = [texts, advice, results.warn_one_class(guess, train["label"])]
