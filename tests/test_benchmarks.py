@@ -86,7 +86,7 @@ def test_the_clock_stops_at_the_goal_and_does_not_count_the_looks():
 @pytest.mark.slow
 def test_a_run_writes_its_section_and_keeps_the_others(tmp_path):
     doc = tmp_path / "benchmarks.md"
-    run.write_section(doc, "lora", "## earlier")
+    run.write_section(doc, "lora-speed", "## earlier")
     done = start(doc, "--only", "words", "--limit", "24")
     assert done.returncode == 0, done.stderr
     text = doc.read_text()
