@@ -60,7 +60,8 @@ def add_training_flags(parser, epochs, batch_size, patience, cpu_piece):
     add("--accumulate", type=positive_int, metavar="N", help="pieces a batch is split into, to save memory: same "
         f"result; default: pieces of {cpu_piece} papers, fastest on a CPU, of {4 * cpu_piece} with CUDA")  # fmt: skip
     add("--lr", type=bounded(float, 1e-9, 10), metavar="X", help="highest learning rate, default by model")
-    add("--warmup", type=bounded(int, 0, 10**6), default=20, metavar="N", help="steps, default %(default)s")
+    add("--warmup", type=bounded(int, 0, 10**6), default=20, metavar="N", help="steps, default %(default)s; "
+        "at most a tenth of all")  # fmt: skip
     add("--weight-decay", type=bounded(float, 0, 10), default=0.01, metavar="X", help="default %(default)s")
     add("--patience", type=positive_int, default=patience, metavar="N", help="stop after N epochs without a better one")
     add("--class-weight", choices=("balanced",), help="let both classes count the same, whatever their numbers")
@@ -184,12 +185,13 @@ def side_by_side(function, pieces, threads):
 
 
 def rate(step, steps, warmup, shape):
-    """The learning rate of a step (from 0) as a share of the highest: up along a line over `warmup` steps, then to 0
-    along a line ("linear") or half a cosine ("cosine").
+    """The learning rate of a step (from 0) as a share of the highest: up along a line over `warmup` steps, at most a
+    tenth of all, then to 0 along a line ("linear") or half a cosine ("cosine").
     """
-    if step < warmup:
-        return (step + 1) / warmup
-    done = (step - warmup) / max(1, steps - warmup)
+    rise = min(warmup, steps // 10)
+    if step < rise:
+        return (step + 1) / rise
+    done = (step - rise) / max(1, steps - rise)
     return 1 - done if shape == "linear" else 0.5 * (1 + math.cos(math.pi * done))
 
 

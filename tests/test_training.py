@@ -39,7 +39,8 @@ def test_the_order_of_batches_depends_on_seed_and_epoch_alone():
 
 @pytest.mark.parametrize("shape", ["linear", "cosine"])
 def test_rate_rises_then_falls_to_nothing(shape):
-    rates = [training.rate(step, 100, 10, shape) for step in range(100)]
+    rates = [training.rate(step, 100, 20, shape) for step in range(100)]  # a tenth of a short training
+    assert [training.rate(step, 1000, 20, shape) for step in (0, 19)] == [0.05, 1]
     assert np.argmax(rates) in (9, 10) and max(rates) == 1
     assert all(np.diff(rates[:10]) > 0) and all(np.diff(rates[10:]) < 0) and 0 < rates[-1] < 0.02
 
