@@ -17,7 +17,7 @@ BUILDS = [  # of torch 2.13.0, the first that fits is taken: name, oldest driver
 
 def choose_build(listed):
     """The build for what nvidia-smi lists, a line a card: "550.54.15, 8.6" -> "cu126". "" is pip's own, also where it
-    lists none or there is no build for it. Of cards that have no build in common the newest counts.
+    lists none or no build fits. Of cards that have no build in common the newest counts.
     """
     found = re.findall(r"^(\d+)[\d.]*, (\d+\.\d+)$", listed, re.MULTILINE)
     drivers, cards = [int(driver) for driver, _ in found], sorted(float(card) for _, card in found)
@@ -32,7 +32,7 @@ def main():
     command = ["nvidia-smi", "--query-gpu=driver_version,compute_cap", "--format=csv,noheader"]
     try:
         listed = subprocess.run(command, capture_output=True, text=True, timeout=20).stdout
-    except (OSError, subprocess.TimeoutExpired):  # there is no nvidia-smi, or it hangs
+    except (OSError, subprocess.TimeoutExpired):  # nvidia-smi is missing, or it hangs
         listed = ""
     build = choose_build(listed)
     if build:

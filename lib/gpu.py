@@ -37,11 +37,13 @@ def unused_card():
         return None
     try:
         done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):  # there is no nvidia-smi, or it hangs
+    except (OSError, subprocess.TimeoutExpired):  # nvidia-smi is missing, or it hangs
         return None
     said = (done.stdout + done.stderr).strip().partition("\n")[0]
     found = re.match(r"GPU \d+: (.+) \(UUID", said)
-    return found[1] if found else None if said.startswith("No devices") else said or None
+    if found:
+        return found[1]
+    return None if said.startswith("No devices") else said or None
 
 
 def choose_precision(wanted, cards):

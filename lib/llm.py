@@ -341,8 +341,8 @@ class Scorer(torch.nn.Module):
 
 
 def keeps_apart(model):
-    """Whether a model reads texts apart that stand in one row, with positions that start again at 0: what the first one
-    says must not change the second. False if it takes no positions.
+    """Whether a model keeps the texts of one row apart by positions that start again at 0: what the first one says must
+    not change the second. False if it takes no positions.
     """
     rows = torch.arange(1, 5).repeat(2, 2).to(model.device)
     rows[1, :4] += 4
