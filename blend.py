@@ -297,10 +297,12 @@ def main():
     keywords = files.read_json(path, scores=dict, fields=list, papers=dict)
     if keywords and keywords["papers"].get("test_fingerprint") != record["test_fingerprint"]:
         keywords = {}  # of other test papers
-    recall = None if "Keywords" in test else keywords.get("scores", {}).get(f"{args.keywords}_recall")
-    figures = report.describe_scores("held-out", labels, probs[chosen], recall) if chosen in probs else []
+    names = (f"{args.keywords}_recall_with_period", f"{args.keywords}_recall")
+    found = {} if "Keywords" in test else keywords.get("scores", {})
+    recalls = [found[name] for name in names if name in found]
+    figures = report.describe_scores("held-out", labels, probs[chosen], recalls) if chosen in probs else []
     if test_labels is not None:
-        figures += report.describe_scores("test", test_labels, test_probs[chosen], recall)
+        figures += report.describe_scores("test", test_labels, test_probs[chosen], recalls)
     figures.append((f"{guess.mean():.1%}", f"of {len(guess):,} test papers are called medical"))
     metrics = {model.name: model.metrics for model in models}
     unused = [f"{name} ({m['unused_gpu']})" for name, m in metrics.items() if m.get("unused_gpu")]

@@ -2,7 +2,7 @@
 
     python benchmarks/run.py --data ~/papers                           every group, three rounds
     python benchmarks/run.py --data ~/papers --only words keywords     these groups; the tables of the others stay
-    python benchmarks/run.py --data ~/papers --only words --limit 100  quick, with few papers
+    python benchmarks/run.py --quick                                   minutes: does it all run? Tables are only shown
 
 The peers are installed by benchmarks/requirements.txt; of one that isn't, a line says so. Each row runs as a user runs
 it, in processes of its own on the CPU. Rows take turns within a round, so that a slow minute hits all of them. Another
@@ -53,6 +53,7 @@ COLUMNS = {  # of a table: its head, and how a value is shown
     "seconds": ("seconds in all", "{:.1f}"),
     "memory": ("peak memory, GB", "{:.2f}"),
 }
+QUICK = 12  # papers to learn from, test papers and held-out papers of --quick, each
 LOW = ("seconds", "memory")  # columns where less is better
 UNRANKED = ("minutes_to_goal", "train_ratio", "predict_ratio")  # columns where nothing is bold
 SCORES = ("test_accuracy", "held_out_accuracy", "held_out_f1", "seconds", "memory")
@@ -67,7 +68,6 @@ SPEED = ("train_speed", "train_ratio", "predict_speed", "predict_ratio", "memory
 class Row:
     name: str  # in the table
     commands: str  # scripts with their flags, joined by &&; the last one leaves the predictions
-    meaning: str = ""  # what an ablation shows, told under its table
 
 
 @dataclass
@@ -84,9 +84,7 @@ class Group:
 
 
 BERT = "bert_finetune.py --model embedded --precision fp32"
-FEW = f"{BERT} --epochs 1 --max-length 128"
 LORA = "--model embedded --precision fp32 --epochs 1 --max-length 512 --batch-size 8 --no-short-copies"
-FREE = "baseline.py --fields title abstract"
 GROUPS = {
     "words": Group(
         "Words",
@@ -106,7 +104,6 @@ GROUPS = {
         rows=[
             Row("**bert_finetune.py**", BERT),
             Row("the tutorial's loop, learning rate 3e-5", "peers.py tutorial_bert --max-length 192"),
-            Row("transformers' Trainer, its 5e-5", "peers.py trainer_bert --max-length 192"),
             Row("transformers' Trainer, the kit's 3e-4", "peers.py trainer_bert --max-length 192 --lr 3e-4"),
         ],
     ),
@@ -144,39 +141,9 @@ GROUPS = {
             Row("the title", "peers.py title"),
         ],
     ),
-    "ablation-words": Group(
-        "What the parts of baseline.py are worth",
-        "One change at a time.",
-        SCORES,
-        rows=[
-            Row("as it is", "baseline.py", "the author field gives the label away"),
-            Row("author alone", "baseline.py --fields author", "how authors are written is all it takes"),
-            Row("title + abstract", FREE, "words know topics, and the test papers are about other ones"),
-            Row("… counts in place of TF-IDF", f"{FREE} --features bow",
-                "as good on papers of the same topics, and worse on others"),
-            Row("… single words", f"{FREE} --ngrams 1", "pairs of words add little"),
-            Row("… naive Bayes", f"{FREE} --model nb", "four times the errors held out, fewer on other topics"),
-            Row("… linear SVM", f"{FREE} --model svm", "within the spread of logistic regression"),
-            Row("… random forest", f"{FREE} --model rf", "three times the errors held out, fewer on other topics"),
-        ],
-    ),
-    "ablation-bert": Group(
-        "What the parts of bert_finetune.py are worth",
-        "MiniLM, one epoch of few papers, one change at a time. A row matters if it differs by more than the spread.",
-        SCORES, learn=200, ask=100,
-        rows=[
-            Row("as it is, 128 tokens", FEW, "the row to compare with"),
-            Row("without the short copies", f"{FEW} --no-short-copies", "faster; with so few papers within the spread"),
-            Row("title + abstract", f"{FEW} --fields title abstract",
-                "what the text alone tells: little of other topics"),
-            Row("256 tokens", f"{BERT} --epochs 1 --max-length 256",
-                "more of the abstract; within the spread, for two thirds more time"),
-            Row("batches of 8", f"{FEW} --batch-size 8", "twice the steps; within the spread"),
-        ],
-    ),
 }  # fmt: skip
-for name in ("bert", "lora"):
-    like = GROUPS[f"{name}-speed"]
+for name in ("bert", "bert-speed", "lora-speed"):
+    like = GROUPS[name]
     GROUPS[f"{name}-busy"] = replace(like, title=f"{like.title}, beside a process that keeps a core busy", busy=True)
 # The folder under outputs/ to which a script writes; a peer's has its name.
 OUTPUTS = {"baseline.py": "baseline", "bert_finetune.py": "bert", "lora_predict.py": "lora"}
@@ -201,9 +168,10 @@ def draw_papers(args, group, seed):
         fields = ["title", "abstract"]
     held_out = common.split_papers(train, 0.2, seed)
     parts = [test.assign(is_test=True), train[held_out].assign(is_test=False)]
-    asked = pd.concat([part.head(args.limit or group.ask or len(part)) for part in parts], ignore_index=True)
+    few = QUICK if args.quick else None
+    asked = pd.concat([part.head(few or group.ask or len(part)) for part in parts], ignore_index=True)
     asked["uuid"] = [f"asked {number}" for number in range(len(asked))]  # both files may number from 0
-    return train[~held_out].head(args.limit or group.learn or len(train)), asked, fields
+    return train[~held_out].head(few or group.learn or len(train)), asked, fields
 
 
 def write_papers(folder, group, learn, asked, fields):
@@ -393,13 +361,11 @@ def describe_machine():
 
 def describe_group(name, group, found, faults, papers, args):
     """The section of docs/benchmarks.md about a group."""
-    meanings = [f"- {row.name}: {row.meaning}." for row in group.rows if row.meaning]
-    flags = f"--only {name} --rounds {args.rounds} --data DIR" + (f" --limit {args.limit}" if args.limit else "")
+    flags = "--quick" if args.quick else f"--only {name} --rounds {args.rounds} --data DIR"
     parts = [
         f"## {group.title}",
         group.about,
         make_table(group.columns, found),
-        "\n".join(meanings),
         f"{papers}; n = {args.rounds}, mean ± standard deviation; bold: the best beyond the spread. "
         f"{describe_machine()}. `python benchmarks/run.py {flags}`",
         f"Not run: {'; '.join(dict.fromkeys(faults))}." if faults else "",
@@ -434,9 +400,13 @@ def parse_args():
         "default: %(default)s")  # fmt: skip
     add("--only", nargs="+", choices=GROUPS, default=list(GROUPS), metavar="GROUP", help=f"of {', '.join(GROUPS)}")
     add("--rounds", type=positive_int, default=3, metavar="N", help="default %(default)s")
-    add("--limit", type=positive_int, metavar="N", help="papers to learn from, and test and held-out papers, each")
+    add("--quick", action="store_true", help=f"one round with {QUICK} papers, idle; docs/benchmarks.md stays as it is")
     add("--doc", type=Path, default=KIT / "docs" / "benchmarks.md", metavar="FILE", help="default: %(default)s")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.quick:
+        args.rounds = 1
+        args.only = [name for name in args.only if not GROUPS[name].busy]
+    return args
 
 
 def main():
@@ -446,7 +416,8 @@ def main():
         group = GROUPS[name]
         found, faults, papers = measure_group(group, args)
         text = describe_group(name, group, found, faults, papers, args)
-        write_section(args.doc, name, text)
+        if not args.quick:
+            write_section(args.doc, name, text)
         print(text, flush=True)
         failed += any("No module named" not in fault for fault in faults)
     if failed:

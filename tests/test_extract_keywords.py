@@ -202,6 +202,7 @@ def test_writes_keywords_that_the_submission_takes(extract, tmp_path, small):
     scores = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["scores"]
     assert set(scores) >= {"precision", "recall", "f1", "f1_at_5", "f1_at_10", "stemmed_f1"}
     assert scores["cased_recall_at_10"] < scores["cased_recall_at_40"] == scores["board_recall"]
+    assert 0 < scores["board_recall_with_period"] < scores["board_recall"], "some of the sample's lists end in one"
 
 
 def test_flags_set_the_lengths_of_the_lists_that_are_scored(extract, tmp_path, small):

@@ -1,6 +1,7 @@
 """The READMEs: the example runs as it is written, links lead somewhere, files and flags that are named exist."""
 
 import ast
+import json
 import os
 import re
 import shlex
@@ -57,12 +58,26 @@ def test_links_lead_to_files(readme):
 
 
 @pytest.mark.parametrize("readme", READMES)
-def test_the_file_tree_names_every_file_once(readme):
+def test_the_file_tree_names_every_script_once(readme):
     tree = re.search(r"```\n(run\.sh .+?)```", read(readme), re.DOTALL)[1]
     named = [line.split()[0] for line in tree.splitlines() if line.strip()]
     found = [path.name for path in [*KIT.glob("*.py"), *KIT.glob("*.sh")]]
-    found += [f"lib/{path.name}" for path in (KIT / "lib").iterdir() if path.is_file() and path.name != "__init__.py"]
     assert sorted(name for name in named if not name.endswith("/")) == sorted(found)
+
+
+@pytest.mark.parametrize("readme", READMES)
+def test_the_first_table_shows_the_run_that_it_names(readme):
+    text, run = read(readme), json.loads(read("docs/run.json"))
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    names = {"`baseline.py`": "baseline", "`bert_finetune.py`": "bert", "LoRA": "lora", "`bash run.sh`": "all"}
+    for name, stage in names.items():
+        row = [cell.strip("* |") for cell in next(row for row in rows if name in row[0])]
+        assert row[1:3] == [f"{run['minutes'][stage]:.1f}", f"{run['test_accuracy'][stage]:.3f}"], name
+        if stage == "baseline":
+            assert row[3] == f"{run['no_author_accuracy']:.3f}"
+            assert float(row[4][:5]) == run["no_author_test_accuracy"]
+    for figure in (*run["board_estimate"], run["memory_gib"]):
+        assert str(figure) in text
 
 
 @pytest.fixture(scope="module")
