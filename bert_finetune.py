@@ -152,21 +152,20 @@ def train_one(accelerator, args, plan, train, test, fields, source):
     the test papers, and a dict: what training.fit returns, its settings, the seconds that each prediction took).
     """
     tokenizer, model = load_tokenizer(source), load_model(source, args.dropout, plan.seed)
-    learned = train[~plan.held_out]
-    if args.short_copies:
-        learned = pd.concat([learned, *items.short_copies(learned, fields)])
-    inside, outside = (encode(tokenizer, papers, fields, args.max_length) for papers in (learned, train[plan.held_out]))
+    learned, held_out = train[~plan.held_out], train[plan.held_out]
+    copies = items.short_copies(learned, fields) if args.short_copies else []
+    copies = pd.concat([learned.head(0), *copies])
+    sides = [encode(tokenizer, papers, fields, args.max_length) for papers in (learned, copies, held_out)]
     settings = {"model": args.model, "fields": fields, **{name: getattr(args, name) for name in SHAPING}}
     settings |= {"seed": plan.seed, "precision": accelerator.mixed_precision, "train": results.fingerprint(train)}
     settings |= {"held_out": results.fingerprint(train[plan.held_out])}
     folder = args.out_dir / args.name / plan.name
     task = Task(tokenizer, accelerator.device, settings)
     own_args = argparse.Namespace(**vars(args) | {"seed": plan.seed})
-    done = training.fit(accelerator, model, task, inside, outside, folder, own_args, settings)
-    done["papers"] *= (~plan.held_out).sum() / len(inside)  # a paper and its copies count as one
+    done = training.fit(accelerator, model, task, *sides, folder, own_args, settings)
     del model
     accelerator.free_memory()
-    valid_probs, valid_seconds = predict_with(accelerator, folder, outside)
+    valid_probs, valid_seconds = predict_with(accelerator, folder, sides[-1])
     test_probs, test_seconds = predict_with(accelerator, folder, test)
     return valid_probs, test_probs, done | {"settings": settings, "valid": valid_seconds, "test": test_seconds}
 

@@ -188,19 +188,16 @@ def train_one(accelerator, args, plan, folder, kit, model, tokenizer, train, pap
     """Train the adapter of a peft model and leave it in the plan's folder. `papers`: those of `train`, encoded. Returns
     what training.fit returns.
     """
-    learned, held_out = list(papers[~plan.held_out]), list(papers[plan.held_out])
+    learned, copies, held_out = list(papers[~plan.held_out]), [], list(papers[plan.held_out])
     if args.short_copies:
-        for copies in items.short_copies(train[~plan.held_out], kit["fields"]):
-            asked = items.build_items(copies, kit["fields"], kit["instruction"])
-            learned += llm.encode_items(tokenizer, asked, args.max_length)
+        for short in items.short_copies(train[~plan.held_out], kit["fields"]):
+            asked = items.build_items(short, kit["fields"], kit["instruction"])
+            copies += llm.encode_items(tokenizer, asked, args.max_length)
     kit = kit | {"seed": plan.seed, "plan": plan.name}
     own_args = argparse.Namespace(**vars(args) | {"seed": plan.seed})
     scorer, task = llm.Scorer(model, tokenizer), Task(held_out, kit)
-    run = training.fit(
-        accelerator, scorer, task, learned, held_out, folder / plan.name, own_args, kit, shape="cosine"
-    )
-    run["papers"] *= (~plan.held_out).sum() / len(learned)  # a paper and its copies count as one
-    return run
+    sides = learned, copies, held_out
+    return training.fit(accelerator, scorer, task, *sides, folder / plan.name, own_args, kit, shape="cosine")
 
 
 def write_summary(accelerator, folder, plans, runs):

@@ -135,7 +135,7 @@ def make_run(accelerator, model, task, papers, args):
     optimizer = training.make_optimizer(model.to(accelerator.device).train(), args)
     state, weights = training.start_state(model, optimizer, None, args, {}), np.ones(len(papers))
     more = "linear", optimizer, weights, state, accelerator.prepare(optimizer), 1
-    return training.Run(accelerator, model, task, papers, [], None, args, *more)
+    return training.Run(accelerator, model, task, papers, len(papers), [], None, args, *more)
 
 
 def measure_steps(what, needed, run, flops=0):

@@ -139,7 +139,7 @@ def fit(folder, task=None, dropout=0.0, held_out=None, **changes):
     model, args, papers = Words(dropout), arguments(**changes), make_papers(101)
     accelerator, settings = training.make_accelerator("fp32"), {"lr": args.lr, "epochs": args.epochs}
     held_out = held_out or papers[80:]
-    done = training.fit(accelerator, model, task or make_task(), papers[:80], held_out, folder, args, settings)
+    done = training.fit(accelerator, model, task or make_task(), papers[:80], [], held_out, folder, args, settings)
     return done, model.state_dict(), load_file(folder / "best" / "model.safetensors")
 
 
@@ -237,22 +237,26 @@ def test_the_first_look_is_at_a_few_papers_of_both_classes(tmp_path, monkeypatch
     assert len(looks[0]) == 20 and {paper["label"] for paper in looks[0]} == {0, 1}
 
 
-def test_what_is_wrong_again_is_not_learned(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(("wrong_at", "words", "accuracy"), [
+    (2, "not learned from yet are wrong, so training goes on", [1]),  # the papers to come
+    (3, "some held-out papers are wrong again, so training goes on", [0, 1]),
+])  # fmt: skip
+def test_what_is_wrong_again_is_not_learned(tmp_path, monkeypatch, capsys, wrong_at, words, accuracy):
     monkeypatch.setattr(training, "MIN_HELD_OUT", 20)
     right, predict = [], training.predict
 
     def wrong_once(accelerator, model, papers, task):
-        """Wrong after the learning rate fell: at the second look in a row that finds all right."""
+        """Wrong once, after the learning rate fell."""
         probs = predict(accelerator, model, papers, task)
         right.append(((probs >= 0.5) == [paper["label"] for paper in papers]).all())
-        once = right[-2:] == [True] * 2 and "fooled" not in right
+        once = right[-wrong_at:] == [True] * wrong_at and "fooled" not in right
         right.extend(["fooled"] * once)
         return 1 - probs if once else probs
 
     monkeypatch.setattr(training, "predict", wrong_once)
     done, _, _ = fit(tmp_path, **LEARNS)
-    assert [epoch["accuracy"] for epoch in done["history"]] == [0, 1] and done["papers"] < 160
-    assert "wrong again, so training goes on" in capsys.readouterr().err
+    assert [epoch["accuracy"] for epoch in done["history"]] == accuracy and done["papers"] < 160
+    assert words in capsys.readouterr().err
 
 
 def test_resume_refuses_another_run(tmp_path):
