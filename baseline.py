@@ -1,8 +1,7 @@
 """Word counts and a linear or tree model: the plain baseline, in seconds and without torch.
 
     python baseline.py                            TF-IDF + logistic regression, out-of-fold scores, test predictions
-    python baseline.py --model all                table: logistic regression, naive Bayes, linear SVM, random forest
-    python baseline.py --tune                     grid search before that
+    python baseline.py --model all                table: logistic regression, naive Bayes, random forest
     python baseline.py --fields title abstract    without the authors
     python baseline.py --fields title abstract --pu    the same, where test is about other things than train: lib/pu.py
 
@@ -22,28 +21,23 @@ from itertools import product
 
 import common
 from lib import cli, files, pu, results
-from lib.cli import InputError, bounded, log, positive_int
+from lib.cli import InputError, bounded, positive_int
 from lib.results import scores
 
 import numpy as np
 import pandas as pd
 from scipy.sparse import hstack
 from scipy.special import logit
-from sklearn.calibration import CalibratedClassifierCV
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.feature_extraction.text import CountVectorizer, TfidfTransformer
 from sklearn.linear_model import LogisticRegression
 from sklearn.naive_bayes import MultinomialNB
-from sklearn.svm import LinearSVC
 from tqdm import tqdm
 
-MODELS = {"lr": "logistic regression", "nb": "naive Bayes", "svm": "linear SVM", "rf": "random forest"}
+MODELS = {"lr": "logistic regression", "nb": "naive Bayes", "rf": "random forest"}
 WORD = r"\w+|[^\w\s]"  # a punctuation mark is a word: how abstracts are punctuated tells a little
-STRENGTH = {"lr": 30, "nb": 0.01, "svm": 1, "rf": 1}  # C of lr and svm, alpha of nb, least papers in a leaf of rf
+STRENGTH = {"lr": 30, "nb": 0.01, "rf": 1}  # C of lr, alpha of nb, least papers in a leaf of rf
 AUTHOR_WEIGHT = 2  # of the author's characters, where the words weigh 1
-# What --tune tries.
-STRENGTHS = {"lr": (3, 10, 30, 100), "nb": (0.003, 0.01, 0.03, 0.1), "svm": (0.1, 0.3, 1, 3), "rf": (1, 2, 4)}
-AUTHOR_WEIGHTS = (0.5, 1, 2, 4)
 SMOOTHING = 0.1  # added to each class's use of an n-gram
 STRONGEST = 15  # n-grams a label in metrics.json
 
@@ -92,22 +86,17 @@ def class_ratio(values, labels):
 
 class Columns:
     """The n-grams of a block that a model reads, and how it weighs their counts: chosen and learned from these training
-    papers alone, so what only others have is left out. `weight`: of the block.
+    papers alone, so what only others have is left out. `model`: a key of MODELS; `weight`: of the block.
     """
 
-    def __init__(self, counts, labels, settings, weight):
-        papers_with = np.bincount(counts.indices, minlength=counts.shape[1])
-        chosen = np.flatnonzero(papers_with >= 2)
-        if settings["max_features"]:
-            most_papers = np.argsort(-papers_with[chosen], kind="stable")[: settings["max_features"]]
-            chosen = np.sort(chosen[most_papers])
+    def __init__(self, counts, labels, model, weight):
+        chosen = np.flatnonzero(np.bincount(counts.indices, minlength=counts.shape[1]) >= 2)
         if not len(chosen):  # next to no text: the model learns little more than the share of the classes
             chosen = np.array([0])
-        is_tfidf = settings["features"] == "tfidf"
-        self.chosen = chosen  # int [chosen]: columns of the counts
+        self.chosen = chosen  # int [chosen]: columns of the counts, those that two papers or more have
         self.scale = np.full(len(chosen), weight, dtype=np.float32)  # factor of each TF-IDF value
-        self.tfidf = TfidfTransformer(sublinear_tf=is_tfidf, use_idf=is_tfidf).fit(counts[:, chosen])
-        if settings["model"] in ("lr", "svm"):
+        self.tfidf = TfidfTransformer(sublinear_tf=True).fit(counts[:, chosen])
+        if model == "lr":
             self.scale *= class_ratio(self.tfidf.transform(counts[:, chosen]), labels)
 
     def weigh(self, counts):
@@ -116,32 +105,26 @@ class Columns:
         return values
 
 
-def new_classifier(settings, labels):
-    """An unfitted classifier for training papers with these labels. Raises InputError if an SVM has too few of them."""
-    name, strength, seed = settings["model"], settings["strength"], settings["seed"]
-    if name == "lr":
+def new_classifier(model, strength, seed):
+    """An unfitted classifier. `model`: a key of MODELS."""
+    if model == "lr":
         return LogisticRegression(C=strength, solver="liblinear", dual=True, max_iter=1000, random_state=seed)
-    if name == "nb":
+    if model == "nb":
         return MultinomialNB(alpha=strength)
-    if name == "rf":
-        return RandomForestClassifier(200, min_samples_leaf=strength, random_state=seed, n_jobs=-1)
-    least = np.bincount(labels, minlength=2).min()
-    if least < 2:  # the SVM's probabilities come from folds of its training papers
-        raise InputError(f"--model svm or all needs 2 papers of each class beside every fold, there is {least}: give "
-                         "another --model")
-    return CalibratedClassifierCV(LinearSVC(C=strength, random_state=seed), cv=min(5, least), ensemble=False)
+    return RandomForestClassifier(200, min_samples_leaf=strength, random_state=seed, n_jobs=-1)
 
 
 class Model:
-    """Columns by block, and a classifier that reads them. counts: of training papers, as of count_ngrams."""
+    """Columns by block, and a classifier that reads them. counts: of training papers, as of count_ngrams; settings: of
+    new_classifier.
+    """
 
     def __init__(self, counts, labels, settings):
         self.columns = {}
         for block, matrix in counts.items():
-            weight = settings["author_weight"] if block == "author" else 1
-            if weight:
-                self.columns[block] = Columns(matrix, labels, settings, weight)
-        self.classifier = new_classifier(settings, labels).fit(self.features(counts), labels)
+            weight = AUTHOR_WEIGHT if block == "author" and len(counts) > 1 else 1
+            self.columns[block] = Columns(matrix, labels, settings["model"], weight)
+        self.classifier = new_classifier(**settings).fit(self.features(counts), labels)
 
     def features(self, counts):
         return hstack([columns.weigh(counts[block]) for block, columns in self.columns.items()], format="csr")
@@ -174,7 +157,8 @@ class Candidate:
 
     name: str  # as in the table
     fields: list  # what it reads
-    settings: dict
+    counts: dict  # of these fields, as of count_ngrams
+    settings: dict  # of new_classifier
     probs: np.ndarray  # float [training papers]: P(label = 1), out of fold
     scores: dict
 
@@ -210,43 +194,19 @@ def author_rule(authors, labels, folds):
     return probs
 
 
-def tune(counts, labels, folds, settings):
-    """Grid search by out-of-fold log-loss. Returns settings with the best values."""
-    weights = AUTHOR_WEIGHTS if len(counts) > 1 else [settings["author_weight"]]
-    trials = []
-    for strength, weight in product(STRENGTHS[settings["model"]], weights):
-        trials.append({**settings, "strength": strength, "author_weight": weight})
-
-    def loss(trial):
-        return scores(labels, out_of_fold(counts, labels, folds, trial))["log_loss"]
-
-    best = min(tqdm(trials, desc="tune"), key=loss)
-    log(f"--tune: strength {best['strength']}, author weight {best['author_weight']}")
-    return best
-
-
 def compare_models(counts, labels, folds, fields, args):
     """Score each model out of fold, with and without the authors where there are both. Returns a list of Candidates."""
     names = list(MODELS) if args.model == "all" else [args.model]
-    words = [name for name in fields if name != "author"]
+    versions = [("", fields, counts)]
+    if len(counts) > 1:
+        words = [name for name in fields if name != "author"]
+        versions.append((", no author", words, {"words": counts["words"]}))
     found = []
     for name in tqdm(names, desc="models", disable=len(names) == 1):
-        settings = {
-            "features": args.features,
-            "model": name,
-            "strength": STRENGTH[name],
-            "author_weight": AUTHOR_WEIGHT if len(counts) > 1 else 1,
-            "max_features": args.max_features,
-            "seed": args.seed,
-        }
-        if args.tune:
-            settings = tune(counts, labels, folds, settings)
-        trials = [(MODELS[name], fields, settings)]
-        if len(counts) > 1:
-            trials.append((f"{MODELS[name]}, no author", words, {**settings, "author_weight": 0}))
-        for title, read, trial in trials:
-            probs = out_of_fold(counts, labels, folds, trial)
-            found.append(Candidate(title, read, trial, probs, scores(labels, probs)))
+        settings = {"model": name, "strength": STRENGTH[name], "seed": args.seed}
+        for note, read, part in versions:
+            probs = out_of_fold(part, labels, folds, settings)
+            found.append(Candidate(MODELS[name] + note, read, part, settings, probs, scores(labels, probs)))
     return found
 
 
@@ -274,16 +234,13 @@ def parse_args():
     parser = cli.arg_parser(__doc__, "train", "test", "fields", "seed", "limit")
     results.add_keywords_flag(parser)
     add = parser.add_argument_group("model").add_argument
-    add("--features", choices=("tfidf", "bow"), default="tfidf", help="default %(default)s")
     add("--model", choices=(*MODELS, "all"), default="lr", help="default %(default)s: " + str(MODELS))
     add("--ngrams", type=positive_int, default=2, metavar="N", help="runs of up to N words, default 2")
-    add("--max-features", type=positive_int, metavar="N", help="only the N n-grams in most papers, default all")
     add("--folds", type=bounded(int, 2, 1000), default=5, metavar="K", help="default %(default)s")
-    add("--tune", action="store_true", help="grid search over regularisation and author weight")
     add("--pu", action="store_true", help="learn from the test papers what one class of train is not")
     args = parser.parse_args()
-    if args.pu and (args.tune or args.model != "lr"):
-        raise InputError("--pu is a logistic regression of its own: leave --model and --tune out")
+    if args.pu and args.model != "lr":
+        raise InputError("--pu is a logistic regression of its own: leave --model out")
     return args
 
 
@@ -296,22 +253,15 @@ def compare_and_predict(args, folder):
     counters, counts = count_ngrams(train, fields, args.ngrams)
     candidates = compare_models(counts, labels, folds, fields, args)
     best = max(candidates, key=lambda one: (one.scores["f1"], -one.scores["log_loss"]))
-
-    fit_started = time.perf_counter()
-    model = Model(counts, labels, best.settings)
-    test_started = time.perf_counter()
-    texts = block_texts(test, fields)
+    model = Model(best.counts, labels, best.settings)
+    texts = block_texts(test, best.fields)
     test_probs = model.predict({block: counters[block].transform(texts[block]) for block in texts})
-    ended = time.perf_counter()
-
     table = make_table(candidates, train, labels, folds, fields)
     metrics = {
         "scores": best.scores,
         "fields": best.fields,
         "settings": {**best.settings, "ngrams": args.ngrams, "folds": args.folds},
-        "seconds": round(ended - started, 2),
-        "train_papers_per_second": round(len(train) / (test_started - fit_started), 1),
-        "predict_papers_per_second": round(len(test) / (ended - test_started), 1),
+        "seconds": round(time.perf_counter() - started, 2),
         **results.environment(),
         "table": table,
         "strongest": strongest_ngrams(model, counters) if best.settings["model"] == "lr" else {},
@@ -330,8 +280,7 @@ def learn_from_test(args, folder):
         raise InputError(f"--pu learns from the test papers: it needs {pu.LEAST_TEST} of them, there are {different}")
     papers = pd.concat([train, test], ignore_index=True)
     _, counts = count_ngrams(papers, fields, args.ngrams)
-    settings = {"features": args.features, "model": "lr", "author_weight": AUTHOR_WEIGHT if len(counts) > 1 else 1,
-                "max_features": args.max_features, "seed": args.seed}  # fmt: skip
+    settings = {"model": "lr", "seed": args.seed}
 
     def rate(rows, labels, others, strength):
         chosen = {block: matrix[rows] for block, matrix in counts.items()}

@@ -137,8 +137,7 @@ def write_results(accelerator, args, folder, adapters, kits, plans, train, test,
     count = sum(map(len, valid_probs + test_probs))
     test_probs, seconds = np.mean(test_probs, axis=0), sum(seconds)
     weights = [(path / "adapter_model.safetensors").read_bytes() for path in adapters if path]
-    settings = kits[0] | {"folders": [kit["plan"] for kit in kits]}
-    settings["adapter"] = [hashlib.sha256(data).hexdigest()[:16] for data in weights]
+    settings = kits[0] | {"adapter": [hashlib.sha256(data).hexdigest()[:16] for data in weights]}
     held_out, probs, table, fields = None, None, [], kits[0]["fields"]
     if plans:
         held_out, probs, scored, table = training.score_held_out(folder.name, train, plans, valid_probs, fields)

@@ -1,9 +1,8 @@
-"""The pictures of the report, as SVG inside the page. Text and axes take the page's text colour, so they suit light and
+"""The picture of the report, as SVG inside the page. Text and axes take the page's text colour, so they suit light and
 dark. Drawn without pyplot: no display is needed and nothing is global.
 """
 
 import io
-import re
 import warnings
 
 import numpy as np
@@ -23,23 +22,15 @@ LOOK = {
 } | {f"{part}color": INK for part in ("text.", "axes.edge", "axes.label", "xtick.", "ytick.")}
 
 
-def new_axes(width, height, **labels):
-    """Axes of a figure of their own; sizes in inches."""
-    axes = Figure(figsize=(width, height), layout="constrained").subplots()
-    axes.set(**labels)
-    return axes
-
-
-def to_svg(axes):
+def to_svg(figure):
     """The figure as an <svg> element. It goes into the page as it is: matplotlib escapes the text in it."""
     file = io.StringIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # of a name in Chinese: it stays text, and the browser has the font
         no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        axes.figure.savefig(file, format="svg", transparent=True, metadata=no_metadata)
+        figure.savefig(file, format="svg", transparent=True, metadata=no_metadata)
     svg = file.getvalue()
-    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
-    return re.sub(r' id="[\w.]+_\d+"', "", svg)  # these ids repeat from picture to picture
+    return svg[svg.index("<svg") :].replace(INK, "currentColor")
 
 
 @rc_context(LOOK)
@@ -47,7 +38,7 @@ def draw_reliability(labels, probs):
     """Share of label 1 among the papers of each tenth of the probability, against their mean probability. `probs`:
     {model: float array [papers]}. Returns the <svg>.
     """
-    axes = new_axes(4.6, 4.4, xlabel="mean P(label = 1)", ylabel="share of papers with label 1")
+    axes = Figure(figsize=(4.6, 4.4), layout="constrained").subplots()
     axes.plot([0, 1], [0, 1], color=INK, alpha=0.4, linewidth=1, linestyle="--")
     handles = []
     for place, (name, values) in enumerate(probs.items()):
@@ -58,23 +49,9 @@ def draw_reliability(labels, probs):
         look = {"color": color, "alpha": 0.85, "linewidth": 0}
         handles.append(axes.scatter(means["prob"], means["label"], 15 + 150 * shares, **look))
     axes.set(xlim=(-0.05, 1.05), ylim=(-0.05, 1.05))
+    axes.set(xlabel="mean P(label = 1)", ylabel="share of papers with label 1")
     axes.grid(color=INK, alpha=0.12)
     names = [name[:20] for name in probs]  # given as a list, since a label that begins with "_" would be left out
     for handle in axes.figure.legend(handles, names, loc="outside upper left", ncols=3, handletextpad=0).legend_handles:
         handle.set_sizes([40])
-    return to_svg(axes)
-
-
-@rc_context(LOOK)
-def draw_curves(logs, columns, ylabel):
-    """Columns of log.csv by epoch, as <svg>. `logs`: a frame a fold; `columns`: {column: its name in the legend}."""
-    axes = new_axes(4.4, 3, xlabel="epoch", ylabel=ylabel)
-    for (column, name), color, marker in zip(columns.items(), COLORS, "os^"):
-        for fold, log in enumerate(logs):
-            look = {"color": color, "marker": marker, "markersize": 4, "alpha": 0.85}
-            axes.plot(log["epoch"], log[column], label=None if fold else name, **look)
-    last = int(max(log["epoch"].max() for log in logs))
-    axes.set_xticks(range(1, last + 1, 1 + last // 12))
-    axes.grid(color=INK, alpha=0.12)
-    axes.legend()
-    return to_svg(axes)
+    return to_svg(axes.figure)

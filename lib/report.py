@@ -146,26 +146,11 @@ def hardest_papers(papers, probs):
     return rows, details
 
 
-def draw_all_curves(folder, metrics):
-    """{caption: SVG} of the kit's models that have a log.csv."""
-    losses = {"train_loss": "training", "log_loss": "held out"}
-    valued = {"accuracy": "accuracy", "f1": "F1", "auc": "AUC"}
-    pictures = {}
-    for name, m in metrics.items():
-        folds = m.get("settings", {}).get("folders", ["."])
-        paths = [folder / name / fold / "log.csv" for fold in folds]
-        logs = [pd.read_csv(path) for path in paths if m and path.is_file()]  # a model of the user's own has no metrics
-        if logs:
-            pictures[f"{name}: loss by epoch"] = plots.draw_curves(logs, losses, "loss")
-            pictures[f"{name}: held-out score by epoch"] = plots.draw_curves(logs, valued, "held-out score")
-    return pictures
-
-
 # ---- the page --------------------------------------------------------------------------------------------------------
 
 
 def write(folder, submitted, figures, findings, tables, metrics, keywords, papers, probs):
-    """Write report.html into a folder, which holds the models' folders.
+    """Write report.html into a folder.
 
     submitted: what goes into the submission and why, in a sentence. figures: (value, what it is), for the top.
     findings: sentences on how far to trust the scores. tables: {title: rows of results.score_table}. metrics: {model:
@@ -186,7 +171,6 @@ def write(folder, submitted, figures, findings, tables, metrics, keywords, paper
         costs=cost_rows(stages),
         keywords=keywords,
         keyword_rows=[{"score": name.replace("_", " "), "value": number(value)} for name, value in found.items()],
-        curves=draw_all_curves(folder, metrics),
         reliability=plots.draw_reliability(papers["label"].to_numpy(), probs),
         strongest=metrics.get("baseline", {}).get("strongest", {}),
         hardest=rows,

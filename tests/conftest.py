@@ -57,6 +57,7 @@ def call(folder, script, *flags, **env):
         for name, value in env.items():
             patch.setenv(name, str(value))
         patch.setattr(sys, "argv", [script, *map(str, flags)])
+        patch.setattr(os, "fsync", lambda file: None)  # it waits for the disk, and no test cuts the power
         try:
             cli.run_script(importlib.import_module(script.removesuffix(".py")).main)
         except SystemExit as end:
@@ -124,9 +125,9 @@ def test_b(tmp_path):
 
 @pytest.fixture
 def model(tmp_path, papers):
-    """Write what a model leaves: made-up probabilities, worse as `noise` grows, further metrics and its log.csv."""
+    """Write what a model leaves: made-up probabilities, worse as `noise` grows, and further metrics."""
 
-    def write(name, noise, held_out=slice(None), papers=papers, test_probs=None, log=None, **metrics):
+    def write(name, noise, held_out=slice(None), papers=papers, test_probs=None, **metrics):
         train, test = papers
         random, held = np.random.default_rng(list(name.encode())), train.iloc[held_out]
         labels = [held["label"], pd.read_csv(SAMPLE / "test_labels.csv")["label"]]
@@ -134,8 +135,6 @@ def model(tmp_path, papers):
         metrics = {"papers": results.paper_record(train, test, len(held)), "fields": ["title"], **metrics}
         folder = tmp_path / "outputs" / name
         results.save_results(folder, metrics, test, guessed if test_probs is None else test_probs, held, valid)
-        if log is not None:
-            (folder / "log.csv").write_text(log)
 
     return write
 

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from scipy.sparse import csr_matrix
 
-SETTINGS = {"features": "tfidf", "model": "lr", "strength": 30, "author_weight": 2, "max_features": None, "seed": 0}
+SETTINGS = {"model": "lr", "strength": 30, "seed": 0}
 
 
 @pytest.fixture(scope="module")
@@ -21,12 +21,12 @@ def train():
 
 
 @pytest.mark.parametrize("text", ["all", "held out"])
-@pytest.mark.parametrize("change", [{}, {"features": "bow"}, {"model": "nb"}, {"model": "svm"}, {"max_features": 500}])
-def test_a_held_out_paper_shapes_nothing_in_its_fold(train, change, text):
+@pytest.mark.parametrize("model", ["lr", "nb"])
+def test_a_held_out_paper_shapes_nothing_in_its_fold(train, model, text):
     """Whatever one paper says, the other papers of its fold get the same probabilities; even if no other fold has
     text.
     """
-    settings, labels = {**SETTINGS, **change}, train["label"].to_numpy()
+    settings, labels = {**SETTINGS, "model": model}, train["label"].to_numpy()
     folds, fields = common.fold_numbers(train, 5, 1), ["title", "author", "abstract"]
     paper = int(np.flatnonzero(folds == 0)[0])
     other = train.copy()
@@ -100,7 +100,7 @@ def test_whole_run(kit, tmp_path):
     assert metrics["scores"] == scores(valid["label"], valid["prob"])
     assert metrics["scores"]["f1"] > 0.75
     assert pd.read_csv(folder / "submit_task1.csv", dtype=str)["uuid"].tolist() == test["uuid"].tolist()
-    for row in ("constant guess", "author rule", "naive Bayes", "linear SVM", "random forest", "no author"):
+    for row in ("constant guess", "author rule", "naive Bayes", "random forest", "no author"):
         assert row in done.stdout
     best = max((row for row in metrics["table"][2:]), key=lambda row: row[1]["f1"])
     assert f"are those of: {best[0]} (" in done.stdout and best[1] == metrics["scores"]
@@ -116,8 +116,6 @@ def test_of_models_with_the_same_f1_the_lower_log_loss_decides(kit, tmp_path, wr
     models = [scores for _, scores, _ in metrics["table"][2:]]
     assert models[0]["f1"] == models[1]["f1"]
     assert metrics["scores"]["log_loss"] == min(scores["log_loss"] for scores in models)
-    refused = kit("baseline.py", "--train", path, "--folds", 2, "--model", "svm")
-    assert refused.returncode == 2 and "--model svm or all needs 2 papers" in refused.stderr
 
 
 def test_a_damaged_keywords_folder_costs_the_submission_alone(kit, tmp_path):
@@ -133,7 +131,7 @@ def test_a_damaged_keywords_folder_costs_the_submission_alone(kit, tmp_path):
 
 def test_same_command_same_result(kit, tmp_path):
     for name in ("a", "b"):
-        assert kit("baseline.py", "--tune", "--fields", "title", "abstract", OUT_DIR=tmp_path / name).returncode == 0
+        assert kit("baseline.py", "--fields", "title", "abstract", OUT_DIR=tmp_path / name).returncode == 0
     for name in ("valid.csv", "test.csv"):
         assert (tmp_path / "a" / "baseline" / name).read_bytes() == (tmp_path / "b" / "baseline" / name).read_bytes()
 

@@ -93,6 +93,7 @@ def test_the_same_command_gives_the_same_result(kit, bert, command):
     assert kit(*command).returncode == 0 and results(bert) == first
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("flags", "names"), [("--folds", ("fold1", "fold2")), ("--seeds", ("seed42", "seed43"))])
 def test_two_models_and_resumed_equals_uninterrupted(kit, tmp_path, command, monkeypatch, papers, flags, names):
     """A run of two models is killed in the eleventh step of the second one."""
@@ -289,6 +290,7 @@ def make_encoder(kind, folder):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["modernbert", "deberta-v2", "xlm-roberta"])
 def test_encoders_people_choose_today(kit, tmp_path, kind, monkeypatch):
     """Trained, killed, resumed; the saved model predicts again what the run predicted."""

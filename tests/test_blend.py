@@ -48,7 +48,7 @@ def test_models_that_correct_each_other_are_blended():
 def test_a_blend_of_chance_is_not_taken():
     """The best of many mixtures of guesses looks good on the papers it was chosen on, and only there."""
     random = np.random.default_rng(0)
-    labels, models = random.permutation(np.repeat([0, 1], 30)), random.choice([0.1, 0.9], (20, 60))
+    labels, models = random.permutation(np.repeat([0, 1], 30)), random.choice([0.1, 0.9], (10, 60))
     probs = {str(i): model for i, model in enumerate(models)}
     probs["blend"] = blend.nested_blend(models, labels, np.arange(60) < 30)
     chosen_here = blend.find_weights(models, labels) @ models
@@ -119,12 +119,10 @@ def test_a_tie_goes_to_the_plainest(kit, model):
 
 def test_a_model_of_your_own_needs_two_files(kit, tmp_path, own_model, model):
     model("bert", 0.9)
-    (own_model / "log.csv").write_text("step,loss\n")  # of its own kind, and so is metrics.json
-    for metrics in ("{}", '{"f1": "great"}', "[1]"):
+    for metrics in ("{}", '{"f1": "great"}', "[1]"):  # of its own kind
         (own_model / "metrics.json").write_text(metrics)
         done = kit("blend.py")
         assert done.returncode == 0 and "100% mine: F1 +" in done.stdout and "120 held out, own model" in done.stdout
-    assert "Learning curves" not in (tmp_path / "outputs" / "report.html").read_text(encoding="utf-8")
     want = pd.read_csv(own_model / "test.csv", dtype={"uuid": str}).set_index("uuid")["prob"] >= 0.5
     rows = pd.read_csv(tmp_path / "submit_task1.csv", dtype={"uuid": str}).set_index("uuid")["label"]
     assert (rows == want.loc[rows.index]).all()

@@ -44,7 +44,8 @@ def extract(kit, write_csv):
 def few_trees(monkeypatch):
     """Fewer and smaller models: what these tests assert holds for any."""
     for module in (ranker, casing):
-        monkeypatch.setattr(module, "TREES", module.TREES | {"max_iter": 12})
+        monkeypatch.setattr(module, "TREES", module.TREES | {"max_iter": 6})
+    monkeypatch.setattr(keywords, "PARTITIONS", 2)
 
 
 @pytest.fixture
@@ -297,7 +298,7 @@ CHINESE = "基于深度学习的论文分类"
     ("Cancer", ["( )", "x (y)", "a;b"], None),
     (CHINESE, ["深度学习; 分类; 方法"], {"深度学习", "分类", "方法"}),  # without blanks: keywords of similar papers
 ])  # fmt: skip
-def test_odd_keywords(extract, tmp_path, title, cells, found):
+def test_odd_keywords(extract, few_trees, tmp_path, title, cells, found):
     papers = [[str(i), title, f"{title} {i}", cells[i % len(cells)]] for i in range(9)]
     said = extract(papers, [["z", title, ""]])
     assert "Warning" not in said and ("in Chinese or Japanese" in said) == (title == CHINESE)

@@ -156,6 +156,7 @@ def test_checkpointing_where_it_is_needed(monkeypatch, free, papers, layers, wid
     assert lora_finetune.needs_checkpointing(model, args) == needed, "of twice the bytes"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("place", [llm, bert_finetune])
 def test_a_fold_frees_its_model(kit, monkeypatch, tiny_llm, tiny_bert, place, precision):

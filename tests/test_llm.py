@@ -58,7 +58,7 @@ def tokenizer(tiny_llm):
 def items(papers):
     """Twelve papers of many lengths, labelled 0 and 1 in turn."""
     items = build_items(papers[1].head(12), FIELDS)
-    return [item | {"input": item["input"][: 80 * i], "output": str(i % 2)} for i, item in enumerate(items)]
+    return [item | {"input": item["input"][: 15 * i], "output": str(i % 2)} for i, item in enumerate(items)]
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -71,7 +71,7 @@ def decoder(request, tiny_llm, items):
     for weight in model.parameters():
         weight.data *= 4 if weight.ndim > 1 else 1  # so that what they read matters
     llm.check_causal(model, request.param)
-    return llm.Scorer(model, tokenizer).eval(), llm.encode_items(tokenizer, items, 400), shares
+    return llm.Scorer(model, tokenizer).eval(), llm.encode_items(tokenizer, items, 140), shares
 
 
 # ---- scoring ---------------------------------------------------------------------------------------------------------
@@ -142,7 +142,7 @@ def test_packed_with_an_adapter_and_checkpointing(tiny_llm, items, checkpointing
     for name, weight in scorer.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.05)
-    compare_packed(scorer, llm.encode_items(tokenizer, items, 400))
+    compare_packed(scorer, llm.encode_items(tokenizer, items, 140))
 
 
 @pytest.mark.parametrize("answers", [([7, 8, 9], [7, 9, 8]), ([7], [7, 9]), ([5, 6], [7])])
@@ -304,7 +304,7 @@ def finished(tmp_path_factory, tiny_llm):
     """A folder in which data, an adapter and its predictions were made."""
     folder = tmp_path_factory.mktemp("finished")
     train = ["lora_finetune.py", "--model", tiny_llm, *TINY, "--epochs", "2"]
-    for command in (["make_llm_data.py", "--fields", "title"], train, ["lora_predict.py"]):
+    for command in (["make_llm_data.py", "--fields", "title", "--limit", 60], train, ["lora_predict.py"]):
         done = call(folder, *command)
         assert done.returncode == 0, done.stderr
     return folder, done
@@ -341,10 +341,10 @@ def test_lora(kit, finished, lora, tiny_llm):
     assert log["train_loss"].iloc[-1] < log["train_loss"].iloc[0]
     metrics = json.loads((lora / "metrics.json").read_text())
     assert metrics["fields"] == ["title"] and metrics["train_papers_per_second"] > 0
-    assert "12 held out" in done.stdout and "40 test papers" in done.stdout
+    assert "6 held out" in done.stdout and "40 test papers" in done.stdout
     assert np.isclose(log["log_loss"], metrics["scores"]["log_loss"], atol=1e-4).any(), "the papers it was chosen by"
     check_adapter(lora, tiny_llm)
-    assert kit("blend.py", "--fields", "title").returncode == 0
+    assert kit("blend.py", "--fields", "title", "--limit", 60).returncode == 0
 
 
 def test_a_model_of_few_positions_is_asked_for_no_more(kit, tmp_path, tiny_llm):
@@ -429,7 +429,7 @@ def test_predict_only(kit, lora, tmp_path, test_b):
     after = probs_of(lora / "test.csv")
     assert after.index.tolist() == test_b["uuid"].tolist() and np.allclose(after, before[after.index], atol=1e-4)
     assert valid.read_bytes() == written
-    assert kit("blend.py", "--test", "testB.csv", "--fields", "title").returncode == 0
+    assert kit("blend.py", "--test", "testB.csv", "--fields", "title", "--limit", 60).returncode == 0
 
     scale_matrices(shutil.copytree(lora / "best", tmp_path / "other"), 2)
     assert kit(*command, "--adapter", "other").returncode == 0
@@ -498,7 +498,7 @@ def published_chatglm2(lora):
         (lambda lora: shutil.rmtree(lora.parent), ["TRAIN"], ["make_llm_data.py"]),
         (None, ["TRAIN", "--train", "other.csv"], ["other papers", "make_llm_data.py"]),
         (None, ["TRAIN", "--limit", "9"], ["--limit"]),
-        (fewer_items, ["TRAIN"], ["11 items for 12 papers", "make_llm_data.py"]),
+        (fewer_items, ["TRAIN"], ["5 items for 6 papers", "make_llm_data.py"]),
         (None, ["TRAIN", "--target-modules", "nothing"], ["q_proj"]),
         (None, ["TRAIN", "--model", "no/such-model"], ["--model no/such-model"]),
         (published_chatglm2, ["TRAIN", "--model", "chatglm2-6b"], ["convert_chatglm2.py"]),

@@ -133,7 +133,6 @@ def test_odd_papers_get_a_prediction(kit, files, tmp_path):
 @pytest.mark.parametrize(("more", "words"), [
     (["--limit", "49"], "it needs 50 of them, there are 49"),
     (["--model", "nb"], "leave --model"),
-    (["--tune"], "--tune out"),
 ])  # fmt: skip
 def test_refuses(refused, files, more, words):
     refused("baseline.py", "--pu", *files()[2], *more, words=[words])

@@ -14,7 +14,6 @@ import pandas as pd
 import pytest
 
 HOSTILE = "<script>alert(1)</script> | `x` $y^2$ [a](http://b) \"q\" & 'r' 论文 <b"
-LOG = "epoch,train_loss,accuracy,f1,auc,log_loss\n1,0.7,0.5,0.4,,0.7\n2,0.4,0.9,0.9,0.95,0.3\n"
 
 
 class Page(HTMLParser):
@@ -77,12 +76,8 @@ def test_whole_page(read_page, tmp_path, model):
     strongest = {"words": {"1": [["cell", 1.5]], "0": []}, "author": {"1": [], "0": [["a ", 2]]}}
     model("baseline", 0.6, train_seconds=50, table=table, strongest=strongest)
     speeds = {"train_papers_per_second": 7.04, "predict_papers_per_second": 2}
-    model("bert", 0.5, slice(0, 60), log=LOG, epochs_run=[2], device="cpu, fp32", seconds=120, **speeds)
-    folds = {"settings": {"folders": ["fold1", "fold2"]}}
-    model("lora", 0.6, slice(0, 60), epochs_run=[2, 1], trained_on="some GPU", seconds=99, **folds)
-    for fold in ("fold1", "fold2"):
-        (tmp_path / "outputs" / "lora" / fold).mkdir()
-        (tmp_path / "outputs" / "lora" / fold / "log.csv").write_text(LOG[: LOG.index("\n2")])
+    model("bert", 0.5, slice(0, 60), epochs_run=[2], device="cpu, fp32", seconds=120, **speeds)
+    model("lora", 0.6, slice(0, 60), epochs_run=[2, 1], trained_on="some GPU", seconds=99)
     page = read_page("--report-only")
     assert not (tmp_path / "submit_task1.csv").exists()
     assert ["bert", "cpu, fp32", "2", "120", "7.0", "2.0", "–"] in page.rows
@@ -91,7 +86,7 @@ def test_whole_page(read_page, tmp_path, model):
     for words in ("60 held out, title", "Test papers", "cell", "a␣", "The 20 hardest", "The way authors", "76.54%"):
         assert words in page.text
     assert ("style", "width:100%") in page.attributes
-    assert page.tags.count("svg") == 4 + 1  # curves of two models, reliability
+    assert page.tags.count("svg") == 1
 
 
 def test_untrusted_text_stays_text(read_page, model, papers, write_csv, recwarn):
@@ -100,7 +95,7 @@ def test_untrusted_text_stays_text(read_page, model, papers, write_csv, recwarn)
         train.loc[train.index[:40], name] = f"{name} {HOSTILE}"
     path = write_csv("train.csv", [train.columns, *train.to_numpy()])
     train = common.read_papers(path, labelled=True)
-    model("<i>$\\frac$ | 模型", 0.5, papers=(train, papers[1]), log=LOG)
+    model("<i>$\\frac$ | 模型", 0.5, papers=(train, papers[1]))
     model("_b", 0.5, papers=(train, papers[1]))
     page = read_page("--train", path)
     assert not recwarn.list
@@ -118,7 +113,7 @@ def test_papers_without_authors(read_page, model, papers, write_csv):
 @pytest.mark.slow
 def test_same_inputs_same_bytes(read_page, tmp_path, model):
     model("baseline", 0.6)
-    model("bert", 0.4, slice(0, 60), log=LOG)
+    model("bert", 0.4, slice(0, 60))
     path = tmp_path / "outputs" / "report.html"
     read_page()
     first = path.read_bytes()
@@ -190,7 +185,7 @@ def test_warns_if_all_test_papers_get_one_class(read_page, model):
     model("baseline", 0.4, table=[["author rule", scores([0, 1], [0.9, 0.2]), ""]])
     page = read_page()
     assert ("class", "trust warn") not in page.attributes
-    for words in ("Learning curves", "Keywords", "The way authors"):
+    for words in ("Keywords", "The way authors"):
         assert words not in page.text
 
 
