@@ -160,16 +160,11 @@ def train_adapters(accelerator, args, folder):
     }
     papers = np.array(llm.encode_items(tokenizer, asked, args.max_length))
     model = add_adapter(model, args, plans[0].seed)  # what can't be trained is refused before anything is cleared
-    if accelerator.is_main_process:
-        training.begin(folder, [folder / plan.name for plan in plans], args.resume)
-    accelerator.wait_for_everyone()
     runs = []
-    for plan in plans:
-        if len(plans) > 1:
-            log(f"model {len(runs) + 1} of {len(plans)}: {plan.name}")
+    for plan, own_args in training.each_plan(accelerator, plans, folder, args):
         if model is None:
             model = add_adapter(llm.load_llm(args.model, accelerator, args.load_in_4bit)[0], args, plan.seed)
-        runs.append(train_one(accelerator, args, plan, folder, kit, model, tokenizer, train, papers))
+        runs.append(train_one(accelerator, own_args, plan, folder, kit, model, tokenizer, train, papers))
         model = None
         accelerator.free_memory()
     if accelerator.is_main_process:
@@ -194,11 +189,8 @@ def train_one(accelerator, args, plan, folder, kit, model, tokenizer, train, pap
             asked = items.build_items(copies, kit["fields"], kit["instruction"])
             learned += llm.encode_items(tokenizer, asked, args.max_length)
     kit = kit | {"seed": plan.seed, "plan": plan.name}
-    own_args = argparse.Namespace(**vars(args) | {"seed": plan.seed})
     scorer, task = llm.Scorer(model, tokenizer), Task(held_out, kit)
-    run = training.fit(
-        accelerator, scorer, task, learned, held_out, folder / plan.name, own_args, kit, shape="cosine"
-    )
+    run = training.fit(accelerator, scorer, task, learned, held_out, folder / plan.name, args, kit, shape="cosine")
     run["papers"] *= (~plan.held_out).sum() / len(learned)  # a paper and its copies count as one
     return run
 
