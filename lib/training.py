@@ -265,14 +265,11 @@ def save_state(path, model, optimizer, state):
 
 
 def read_state(path):
-    """The state that save_state wrote, None if there is no file. Raises InputError if it is damaged."""
+    """The state that save_state wrote, None if there is no file."""
     if not path.is_file():
         return None
-    try:
-        with safe_open(path, "pt") as file:
-            return json.loads(file.metadata()["state"])
-    except Exception as error:  # safetensors' own errors have no common base
-        raise InputError(f"{path} is damaged ({error}): run without --resume") from None
+    with safe_open(path, "pt") as file:
+        return json.loads(file.metadata()["state"])
 
 
 def load_state(path, model, optimizer):

@@ -259,9 +259,6 @@ def test_resume_refuses_another_run(tmp_path):
     fit(tmp_path, epochs=1)
     with pytest.raises(InputError, match="lr was 0.05 and is 0.1"):
         fit(tmp_path, epochs=1, lr=0.1, resume=True)
-    (tmp_path / "last.safetensors").write_bytes(b"\0" * 100)
-    with pytest.raises(InputError, match="damaged"):
-        fit(tmp_path, epochs=1, resume=True)
 
 
 def test_a_new_run_clears_the_earlier_one_and_nothing_else(tmp_path):
