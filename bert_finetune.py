@@ -17,7 +17,7 @@ import time
 
 import common
 from lib import cli, files, gpu, hub, items, results, training
-from lib.cli import InputError, log
+from lib.cli import InputError
 
 import numpy as np
 import pandas as pd
@@ -67,12 +67,9 @@ def load_model(folder, dropout=None, seed=0):
             folder, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True,
             **hub.SAFE,
         )  # fmt: skip
-    other = sorted(str(key[0]) for key in report["mismatched_keys"])
-    lacking = [key for key in [*sorted(report["missing_keys"]), *other] if not any(head in key for head in HEADS)]
+    lacking = sorted(key for key in report["missing_keys"] if not any(head in key for head in HEADS))
     if lacking:
         raise InputError(f"--model {folder} has no weights for {cli.few(lacking)}: it is not an encoder of its type")
-    if other:
-        log(f"--model {folder} was trained for other labels: it gets a new head")
     heads = [layer for layer in model.modules() if isinstance(layer, torch.nn.Linear) and layer.out_features == 2]
     heads[-1].register_forward_hook(training.in_float32)
     return model
@@ -161,8 +158,7 @@ def train_one(accelerator, args, plan, train, test, fields, source):
     settings |= {"held_out": results.fingerprint(train[plan.held_out])}
     folder = args.out_dir / args.name / plan.name
     task = Task(tokenizer, accelerator.device, settings)
-    own_args = argparse.Namespace(**vars(args) | {"seed": plan.seed})
-    done = training.fit(accelerator, model, task, *sides, folder, own_args, settings)
+    done = training.fit(accelerator, model, task, *sides, folder, args, settings)
     del model
     accelerator.free_memory()
     valid_probs, valid_seconds = predict_with(accelerator, folder, sides[-1])
@@ -175,7 +171,7 @@ def predict_with(accelerator, folder, papers):
     model). `papers`: encoded, or a frame.
     """
     best = folder / "best"
-    kit = read_kit(best)
+    kit = files.read_json(best / "kit.json")
     source = hub.local_folder("--model", str(best))
     tokenizer, model = load_tokenizer(source), load_model(source)
     if not isinstance(papers, list):
@@ -189,18 +185,13 @@ def predict_with(accelerator, folder, papers):
     return probs, seconds
 
 
-def read_kit(best):
-    """How the model in best/ was trained."""
-    return files.read_json(best / "kit.json", model=str, fields=list, max_length=int)
-
-
 def predict_only(accelerator, args, folder):
     """Score args.test with the models of a finished run, and put the result in the place of the earlier one."""
     metrics = files.read_json(folder / "metrics.json", papers=dict, settings=dict)
     runs = [folder / name for name in metrics.get("settings", {}).get("folders", ["."])]
     if not metrics or not all((run / "best" / "kit.json").is_file() for run in runs):
         raise InputError(f"--predict-only: no finished run in {folder}: run without it, or give --name, --out-dir")
-    test = common.load_test(args, read_kit(runs[0] / "best")["fields"])
+    test = common.load_test(args, files.read_json(runs[0] / "best" / "kit.json")["fields"])
     probs, seconds = zip(*(predict_with(accelerator, run, test) for run in runs))
     if accelerator.is_main_process:
         metrics["predict_papers_per_second"] = round(len(test) * len(runs) / sum(seconds), 1)
@@ -218,14 +209,9 @@ def train_and_predict(accelerator, args, folder):
     args.max_length = choose_length(model, args.max_length, fields)
     args.lr = args.lr or default_lr(model)
     del model  # it was loaded to refuse what can't be trained, before anything is cleared
-    if accelerator.is_main_process:
-        training.begin(folder, [folder / plan.name for plan in plans], args.resume)
-    accelerator.wait_for_everyone()
     found = []
-    for plan in plans:
-        if len(plans) > 1:
-            log(f"model {len(found) + 1} of {len(plans)}: {plan.name}")
-        found.append(train_one(accelerator, args, plan, train, test, fields, source))
+    for plan, own_args in training.each_plan(accelerator, plans, folder, args):
+        found.append(train_one(accelerator, own_args, plan, train, test, fields, source))
     if accelerator.is_main_process:
         write_results(accelerator, args, folder, plans, train, test, fields, found)
 

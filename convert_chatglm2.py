@@ -31,16 +31,9 @@ DOWNLOAD = "download it again"
 FLAGS = {
     "model_type": ("chatglm", None),
     "quantization_bit": (0, 0),
-    "add_bias_linear": (False, False),
-    "apply_residual_connection_post_layernorm": (False, False),
-    "eos_token_id": (2, 2),  # GLM-4 has a list
-    "fp32_residual_connection": (False, False),
-    "multi_query_attention": (True, False),
-    "original_rope": (True, True),
-    "post_layer_norm": (True, True),
-    "pre_seq_len": (None, None),
-    "rmsnorm": (True, True),
-    "rope_ratio": (1, 1),
+    "eos_token_id": (2, 2),  # the first ChatGLM has another, GLM-4 a list
+    "pre_seq_len": (None, None),  # of P-tuned checkpoints
+    "rope_ratio": (1, 1),  # of chatglm2-6b-32k
 }
 # Parts of the published tensors' names, and what GlmForCausalLM calls them.
 NAMES = {

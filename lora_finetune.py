@@ -79,10 +79,9 @@ def add_adapter(model, args, seed):
     """The model with a new adapter around it, trainable weights in fp32, drawn from the seed."""
     torch.manual_seed(seed)
     if args.method == "lora":
-        targets = args.target_modules or "all-linear"
         config = LoraConfig(
             task_type=TaskType.CAUSAL_LM, r=args.rank, lora_alpha=args.alpha or 2 * args.rank,
-            lora_dropout=args.dropout, target_modules=targets,
+            lora_dropout=args.dropout, target_modules=args.target_modules or "all-linear",
         )  # fmt: skip
     else:
         config = PrefixTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=args.virtual_tokens)
@@ -160,16 +159,11 @@ def train_adapters(accelerator, args, folder):
     }
     papers = np.array(llm.encode_items(tokenizer, asked, args.max_length))
     model = add_adapter(model, args, plans[0].seed)  # what can't be trained is refused before anything is cleared
-    if accelerator.is_main_process:
-        training.begin(folder, [folder / plan.name for plan in plans], args.resume)
-    accelerator.wait_for_everyone()
     runs = []
-    for plan in plans:
-        if len(plans) > 1:
-            log(f"model {len(runs) + 1} of {len(plans)}: {plan.name}")
+    for plan, own_args in training.each_plan(accelerator, plans, folder, args):
         if model is None:
             model = add_adapter(llm.load_llm(args.model, accelerator, args.load_in_4bit)[0], args, plan.seed)
-        runs.append(train_one(accelerator, args, plan, folder, kit, model, tokenizer, train, papers))
+        runs.append(train_one(accelerator, own_args, plan, folder, kit, model, tokenizer, train, papers))
         model = None
         accelerator.free_memory()
     if accelerator.is_main_process:
@@ -194,10 +188,9 @@ def train_one(accelerator, args, plan, folder, kit, model, tokenizer, train, pap
             asked = items.build_items(short, kit["fields"], kit["instruction"])
             copies += llm.encode_items(tokenizer, asked, args.max_length)
     kit = kit | {"seed": plan.seed, "plan": plan.name}
-    own_args = argparse.Namespace(**vars(args) | {"seed": plan.seed})
     scorer, task = llm.Scorer(model, tokenizer), Task(held_out, kit)
     sides = learned, copies, held_out
-    return training.fit(accelerator, scorer, task, *sides, folder / plan.name, own_args, kit, shape="cosine")
+    return training.fit(accelerator, scorer, task, *sides, folder / plan.name, args, kit, shape="cosine")
 
 
 def write_summary(accelerator, folder, plans, runs):

@@ -28,8 +28,7 @@ def read_kit(folder):
         if not (folder / name).is_file():
             raise InputError(f"{folder} has no {name}: run lora_finetune.py first, or give --adapter, --name or none")
     hub.check_folder(folder)
-    types = {"model": str, "prompt": str, "instruction": str, "fields": list, "answers": list, "split": dict}
-    return files.read_json(folder / "kit.json", max_length=int, plan=str, weights=list, **types)
+    return files.read_json(folder / "kit.json")
 
 
 def find_adapters(args, folder):
@@ -89,8 +88,8 @@ def predict_one(accelerator, args, adapter, kit, papers):
     papers = llm.encode_items(tokenizer, items.build_items(papers, kit["fields"], kit["instruction"]), length)
     if adapter:
         llm.check_adapter(scorer, papers)
-    if adapter and not scorer.virtual and not four_bit:  # a prefix can't be merged, 4 bits would round what is merged
-        llm.merge_adapter(scorer, papers)
+        if not scorer.virtual and not four_bit:  # a prefix can't be merged, 4 bits would round what is merged
+            llm.merge_adapter(scorer, papers)
     log(f"{len(papers)} papers to score; {args.model}, {training.describe(accelerator)}")
     started = time.perf_counter()
     probs = training.predict(accelerator, scorer, papers, llm.Task(papers), args.batch_size)

@@ -132,10 +132,10 @@ def flags(script, **changes):
 def make_run(accelerator, model, task, papers, args):
     """A training under way, as training.fit makes it."""
     accelerator.free_memory()  # an earlier run's
-    optimizer = training.make_optimizer(model.to(accelerator.device).train(), args)
+    optimizer = accelerator.prepare(training.make_optimizer(model.to(accelerator.device).train(), args))
     state, weights = training.start_state(model, optimizer, None, args, {}), np.ones(len(papers))
-    more = "linear", optimizer, weights, state, accelerator.prepare(optimizer), 1
-    return training.Run(accelerator, model, task, papers, len(papers), [], None, args, *more)
+    sides = papers, len(papers), []
+    return training.Run(accelerator, model, task, *sides, None, args, "linear", optimizer, weights, state, 1)
 
 
 def measure_steps(what, needed, run, flops=0):

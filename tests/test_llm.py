@@ -249,10 +249,9 @@ PARTS = "{% for part in messages[0].content %}{{ part.text }}{% endfor %} A:"  #
     ("template", "prompt"),
     [
         (None, "do\nthis\nAnswer:"),
-        ("{{ strftime_now('%Y') }} " + ASKS, "2025 do\nthis"),
+        ("{{ strftime_now('%Y') }} " + ASKS, "2025-01-01 do\nthis"),
         (ASKS + "{% if enable_thinking %}no{% endif %}", "do\nthis"),
         (ASKS + " <think>\n", "do\nthis <think>\n\n</think>\n\n"),
-        (ASKS + " [THINK]", "do\nthis [THINK]\n\n[/THINK]\n\n"),
         (ASKS + " <think></think>", "do\nthis <think></think>"),
         (ASKS + " <think> A:", "do\nthis <think> A:"),
     ],
@@ -269,7 +268,6 @@ def test_prompts_of_odd_templates(tokenizer, template, prompt):
         ("hello {{ messages[0].role }}", "drops the paper"),
         (PARTS, "drops the paper"),
         ("{{ raise_exception('system only') }}", "system only"),
-        (ASKS + "<|im_end|>\n", "ends the conversation"),
     ],
 )
 def test_templates_that_cannot_ask_are_refused(tokenizer, template, words):

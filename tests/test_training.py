@@ -263,9 +263,6 @@ def test_resume_refuses_another_run(tmp_path):
     fit(tmp_path, epochs=1)
     with pytest.raises(InputError, match="lr was 0.05 and is 0.1"):
         fit(tmp_path, epochs=1, lr=0.1, resume=True)
-    (tmp_path / "last.safetensors").write_bytes(b"\0" * 100)
-    with pytest.raises(InputError, match="damaged"):
-        fit(tmp_path, epochs=1, resume=True)
 
 
 def test_a_new_run_clears_the_earlier_one_and_nothing_else(tmp_path):
@@ -279,12 +276,6 @@ def test_a_new_run_clears_the_earlier_one_and_nothing_else(tmp_path):
     assert all((tmp_path / name).exists() for name in names)
     training.begin(tmp_path, [tmp_path / "fold1"], resume=True)  # there is no state to go on with
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == kept
-
-
-def test_a_folder_that_models_can_not_be_saved_to_is_refused(tmp_path):
-    with pytest.raises(InputError, match="not UTF-8"):
-        training.begin(tmp_path / "\udcca\udce4", [tmp_path], resume=False)
-    training.begin(tmp_path / "论文\u3000数据", [tmp_path], resume=False)
 
 
 def test_stops_early_and_keeps_the_best(tmp_path):
@@ -330,7 +321,6 @@ def limited(function, most):
         (MemoryError(), "out of memory"),
         (RuntimeError("can't allocate memory"), "out of memory"),
         (RuntimeError("NVML_SUCCESS == r INTERNAL ASSERT FAILED at CUDACachingAllocator.cpp"), "out of memory"),
-        (RuntimeError("Connection reset by peer"), "another process of this run died; go on"),
     ],
 )
 def test_what_the_user_can_fix_is_a_line(error, line):
