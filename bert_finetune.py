@@ -17,7 +17,7 @@ import time
 
 import common
 from lib import cli, files, gpu, hub, items, results, training
-from lib.cli import InputError
+from lib.cli import InputError, log
 
 import numpy as np
 import pandas as pd
@@ -67,9 +67,12 @@ def load_model(folder, dropout=None, seed=0):
             folder, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True,
             **hub.SAFE,
         )  # fmt: skip
-    lacking = sorted(key for key in report["missing_keys"] if not any(head in key for head in HEADS))
+    other = sorted(str(key[0]) for key in report["mismatched_keys"])
+    lacking = [key for key in [*sorted(report["missing_keys"]), *other] if not any(head in key for head in HEADS)]
     if lacking:
         raise InputError(f"--model {folder} has no weights for {cli.few(lacking)}: it is not an encoder of its type")
+    if other:
+        log(f"--model {folder} was trained for other labels: it gets a new head")
     heads = [layer for layer in model.modules() if isinstance(layer, torch.nn.Linear) and layer.out_features == 2]
     heads[-1].register_forward_hook(training.in_float32)
     return model

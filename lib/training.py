@@ -84,8 +84,10 @@ def make_accelerator(precision="auto"):
     cards = gpu.find_cards()
     if cards:
         gpu.set_up()
-    if "TORCHELASTIC_RUN_ID" not in os.environ:  # accelerate asks for these on some cards, unless it has launched us
-        for name in ("NCCL_P2P_DISABLE", "NCCL_IB_DISABLE"):
+    if "TORCHELASTIC_RUN_ID" not in os.environ:  # not started by accelerate launch or torchrun
+        for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            os.environ.pop(name, None)  # left by a cluster: accelerate would wait for other processes
+        for name in ("NCCL_P2P_DISABLE", "NCCL_IB_DISABLE"):  # accelerate asks for them on some cards
             os.environ.setdefault(name, "1")
     precision = gpu.choose_precision(precision, cards).replace("fp32", "no")
     wait = InitProcessGroupKwargs(timeout=timedelta(hours=12))  # for a process that has more to do
@@ -309,6 +311,8 @@ def begin(folder, runs, resume):
     """Clear what an earlier run left in `folder`, unless this one goes on with it. `runs`: the folders of its single
     trainings, which may be `folder` itself. The states go first: if it is killed here, nothing left passes for a run.
     """
+    if any("\ud800" <= letter <= "\udfff" for letter in str(folder)):
+        raise InputError(f"{folder}: this name is not UTF-8, and models can't be saved there: give another --out-dir")
     if resume and any((run / LAST).is_file() for run in runs):
         return
     several = [*folder.glob("fold[0-9]*"), *folder.glob("seed[0-9]*")]

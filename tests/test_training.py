@@ -220,6 +220,12 @@ def test_resumed_equals_uninterrupted(tmp_path, monkeypatch, steps, changes):
     assert all(name.startswith("weight/") for name in load_file(tmp_path / "cut" / "last.safetensors"))
 
 
+def test_a_folder_that_models_can_not_be_saved_to_is_refused(tmp_path):
+    with pytest.raises(InputError, match="not UTF-8"):
+        training.begin(tmp_path / "\udcca\udce4", [tmp_path], resume=False)
+    training.begin(tmp_path / "论文\u3000数据", [tmp_path], resume=False)
+
+
 def test_what_is_learned_ends_within_an_epoch(tmp_path, monkeypatch, capsys):
     full, _, _ = fit(tmp_path / "full", **LEARNS)
     assert full["papers"] == 160, "too few held-out papers to call it learned"
