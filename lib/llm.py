@@ -7,6 +7,7 @@ the log-probabilities of the two answers, however many tokens they take.
 
 import copy
 import os
+import re
 import threading
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,7 +17,7 @@ from lib.cli import KIT, InputError, few, log
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, DynamicCache, GgufConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, DynamicCache, GgufConfig
 from transformers.cache_utils import DynamicLayer
 
 AUTO = "Qwen/Qwen3-4B-Instruct-2507"  # with CUDA; the README says why
@@ -25,6 +26,7 @@ PLAIN = "{instruction}\n{input}\nAnswer:"
 HOLE = "<<paper>>"
 # Put before a chat template that writes the date: the same prompt on any day.
 DATE = "{%- macro strftime_now(format) -%}2025-01-01{%- endmacro -%}"
+THINKING = re.compile(r"<(think|thinking|thought|reasoning)>\s*$|\[THINK\]\s*$")  # a prompt that ends in an open part
 
 
 # ---- loading ---------------------------------------------------------------------------------------------------------
@@ -92,8 +94,12 @@ def load_llm(name, accelerator, four_bit=False):
         )
     with hub.explain_loading("--model", name):
         tokenizer = AutoTokenizer.from_pretrained(folder, **hub.SAFE)
+        config = AutoConfig.from_pretrained(folder, **hub.SAFE)
+        for key in ("attention_dropout", "attn_pdrop"):  # it rules out fused kernels, and pieces side by side
+            if getattr(config, key, 0):
+                setattr(config, key, 0.0)
         model, report = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, output_loading_info=True, **more, **hub.SAFE
+            folder, config=config, dtype=dtype, output_loading_info=True, **more, **hub.SAFE
         )
     if missing := report["missing_keys"]:
         raise InputError(f"--model {name} has no weights for {few(sorted(missing))}: it is incomplete")
@@ -143,9 +149,11 @@ def render(tokenizer, instruction, text):
         fault = hub.first_line(error)
     if fault:
         raise InputError(f"--model: its chat template can't be used ({fault}): take another model, made to chat")
-    if prompt.rstrip().endswith("<think>"):
-        return f"{prompt.rstrip()}\n\n</think>\n\n"  # it is asked for the answer alone
-    return prompt
+    found = THINKING.search(prompt)
+    if not found:
+        return prompt
+    end = f"</{found[1]}>" if found[1] else "[/THINK]"
+    return f"{prompt.rstrip()}\n\n{end}\n\n"  # it is asked for the answer alone
 
 
 def encode_item(tokenizer, item, max_length):

@@ -252,6 +252,7 @@ PARTS = "{% for part in messages[0].content %}{{ part.text }}{% endfor %} A:"  #
         ("{{ strftime_now('%Y') }} " + ASKS, "2025-01-01 do\nthis"),
         (ASKS + "{% if enable_thinking %}no{% endif %}", "do\nthis"),
         (ASKS + " <think>\n", "do\nthis <think>\n\n</think>\n\n"),
+        (ASKS + " [THINK]", "do\nthis [THINK]\n\n[/THINK]\n\n"),
         (ASKS + " <think></think>", "do\nthis <think></think>"),
         (ASKS + " <think> A:", "do\nthis <think> A:"),
     ],
