@@ -69,7 +69,7 @@ def cased_recall(listed, true):
 
 def keep_period(keywords, cell):
     """The keywords of a cell, with the period that ends it: (["DNA", "cell"], "DNA; cell.") -> ["DNA", "cell."]. In
-    the competition every list of label 1 has one, and whether the board takes it off is not known.
+    the competition the lists of label 1 have one, and whether the board takes it off is not known.
     """
     return [*keywords[:-1], keywords[-1] + "."] if cell.rstrip().endswith(".") else keywords
 
