@@ -20,7 +20,6 @@ from lib import cli, files, gpu, hub, items, results, training
 from lib.cli import InputError, log
 
 import numpy as np
-import pandas as pd
 import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
@@ -152,10 +151,10 @@ def train_one(accelerator, args, plan, train, test, fields, source):
     the test papers, and a dict: what training.fit returns, its settings, the seconds that each prediction took).
     """
     tokenizer, model = load_tokenizer(source), load_model(source, args.dropout, plan.seed)
-    learned, held_out = train[~plan.held_out], train[plan.held_out]
-    copies = items.short_copies(learned, fields) if args.short_copies else []
-    copies = pd.concat([learned.head(0), *copies])
-    sides = [encode(tokenizer, papers, fields, args.max_length) for papers in (learned, copies, held_out)]
+    parts = [train[~plan.held_out], train[plan.held_out]]
+    parts += items.short_copies(parts[0], fields) if args.short_copies else []
+    inside, outside, *copies = (encode(tokenizer, part, fields, args.max_length) for part in parts)
+    sides = inside, sum(copies, []), outside
     settings = {"model": args.model, "fields": fields, **{name: getattr(args, name) for name in SHAPING}}
     settings |= {"seed": plan.seed, "precision": accelerator.mixed_precision, "train": results.fingerprint(train)}
     settings |= {"held_out": results.fingerprint(train[plan.held_out])}
@@ -164,7 +163,7 @@ def train_one(accelerator, args, plan, train, test, fields, source):
     done = training.fit(accelerator, model, task, *sides, folder, args, settings)
     del model
     accelerator.free_memory()
-    valid_probs, valid_seconds = predict_with(accelerator, folder, sides[-1])
+    valid_probs, valid_seconds = predict_with(accelerator, folder, outside)
     test_probs, test_seconds = predict_with(accelerator, folder, test)
     return valid_probs, test_probs, done | {"settings": settings, "valid": valid_seconds, "test": test_seconds}
 

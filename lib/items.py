@@ -34,4 +34,5 @@ def short_copies(papers, fields):
     copies = [papers.assign(abstract="")]
     if "author" in fields:
         copies.append(papers.assign(**{name: "" for name in fields if name != "author"}))
-    return [copy[np.array(build_text(copy, fields)) != ""] for copy in copies]
+    copies = [copy[np.array(build_text(copy, fields)) != ""] for copy in copies]
+    return [copy for copy in copies if len(copy)]
