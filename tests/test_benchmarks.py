@@ -104,7 +104,7 @@ def test_wrong_flags_and_files_are_refused(tmp_path, flags, word):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("names", [["bert", "bert-busy"], ["keywords"]])  # the LLM's takes minutes
+@pytest.mark.parametrize("names", [["bert", "bert-busy"], ["keywords"], ["words"]])  # the LLM's takes minutes
 def test_quick_runs_a_group_idle_on_a_handful_of_papers(tmp_path, names):
     done = start(tmp_path / "b.md", "--quick", "--only", *names)
     assert done.returncode == 0, done.stderr
