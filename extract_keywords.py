@@ -74,6 +74,18 @@ def keep_period(keywords, cell):
     return [*keywords[:-1], keywords[-1] + "."] if cell.rstrip().endswith(".") else keywords
 
 
+def score_casing(listed, board, reader, cells, separator):
+    """Case-sensitive recall of lists of lists of entries, one a paper, against the papers' cells: of the first 10, 20
+    and 40 that are `listed`, and of both lists, also if the period that ends a cell counts.
+    """
+    true = [split_cell(cell, separator) for cell in cells]
+    as_given = [keep_period(*both) for both in zip(true, cells)]
+    lists = {f"cased_recall_at_{most}": [entries[:most] for entries in listed] for most in (10, 20, 40)}
+    both = {"board_recall": board, "reader_recall": reader}
+    values = {name: cased_recall(some, true) for name, some in (lists | both).items()}
+    return values | {f"{name}_with_period": cased_recall(some, as_given) for name, some in both.items()}
+
+
 # ---- the reader's list -----------------------------------------------------------------------------------------------
 
 
@@ -178,14 +190,7 @@ def extract(args, folder):
     reader = [write_likeliest(*both) for both in zip(picked, entries)]
 
     values = score_keywords(picked[:count], [[*keywords] for keywords in written])
-    cased = {f"cased_recall_at_{most}": [likeliest[:most] for likeliest in listed] for most in (10, 20, 40)}
-    cased |= {"board_recall": board, "reader_recall": reader}
-    true = [split_cell(cell, separator) for cell in train["Keywords"]]
-    for name, lists in cased.items():
-        values[name] = cased_recall(lists[:count], true)
-    as_given = [keep_period(*both) for both in zip(true, train["Keywords"])]
-    for name, lists in (("board", board), ("reader", reader)):
-        values[f"{name}_recall_with_period"] = cased_recall(lists[:count], as_given)
+    values |= score_casing(listed[:count], board[:count], reader[:count], train["Keywords"], separator)
     seconds = time.perf_counter() - started
     settings = {name: getattr(args, name) for name in ("top", "entries", "folds", "seed")}
     metrics = {
