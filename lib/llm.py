@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, DynamicCache, GgufConfig
 from transformers.cache_utils import DynamicLayer
 
-AUTO = "Qwen/Qwen3-4B-Instruct-2507"  # with CUDA; the README says why
+AUTO = "Qwen/Qwen3-4B-Instruct-2507"  # with CUDA
 EMBEDDED = "SmolLM2-135M-Instruct.Q4_1.gguf"  # without
 PLAIN = "{instruction}\n{input}\nAnswer:"
 HOLE = "<<paper>>"

@@ -294,7 +294,7 @@ CHINESE = "基于深度学习的论文分类"
 
 
 @pytest.mark.parametrize("title, cells, found", [
-    ("Growth of milk", ["QQ1; (…)", "QQ2; (…)", "QQ3"], None),  # keywords that stand in no text
+    ("Growth of milk", ["QQ1; (…)", "QQ2; (…)", "QQ3"], None),  # keywords that are in no text
     ("Cancer", ["( )", "x (y)", "a;b"], None),
     (CHINESE, ["深度学习; 分类; 方法"], {"深度学习", "分类", "方法"}),  # without blanks: keywords of similar papers
 ])  # fmt: skip
