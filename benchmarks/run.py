@@ -142,7 +142,7 @@ GROUPS = {
         ],
     ),
 }  # fmt: skip
-for name in ("bert", "bert-speed", "lora-speed"):
+for name in ("bert", "lora-speed"):
     like = GROUPS[name]
     GROUPS[f"{name}-busy"] = replace(like, title=f"{like.title}, beside a process that keeps a core busy", busy=True)
 # The folder under outputs/ to which a script writes; a peer's has its name.

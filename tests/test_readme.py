@@ -14,6 +14,7 @@ from conftest import KIT, SAMPLE, call
 import pytest
 
 READMES = ["README.md", "README.zh-CN.md"]
+PAGES = [*KIT.glob("*.md"), *KIT.glob("docs/*.md"), *KIT.glob("data/*.md")]
 
 
 def read(name):
@@ -56,7 +57,7 @@ def anchors(page):
     return [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
 
 
-@pytest.mark.parametrize("page", [*KIT.glob("*.md"), *KIT.glob("docs/*.md"), *KIT.glob("data/*.md")], ids=str)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
     dead = []
     for link in re.findall(r"\]\(([^)]+)", page.read_text(encoding="utf-8")):
