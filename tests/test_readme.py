@@ -53,14 +53,14 @@ def test_the_example_is_the_same_in_both_languages():
 
 def anchors(page):
     """What GitHub calls the headings of a page: '## When it fails' -> 'when-it-fails'."""
-    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    headings = re.findall(r"^#+ (.+)$", read(page), re.MULTILINE)
     return [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
     dead = []
-    for link in re.findall(r"\]\(([^)]+)", page.read_text(encoding="utf-8")):
+    for link in re.findall(r"\]\(([^)]+)", read(page)):
         place, _, anchor = link.partition("#")
         target = page.parent / place if place else page
         if "://" not in link and not (target.exists() and (not anchor or anchor in anchors(target))):
